@@ -1,0 +1,169 @@
+"""Recipes: frozen dataclasses whose every field is a flag of `jaxlab train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jaxlab.engine.errors import InputError, did_you_mean
+from jaxlab.types import Learner
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What every recipe has: the flags of a run, and how a learner is built.
+
+    Attributes:
+        data: `digits`, `tfds:NAME` or a folder or file of `.npz`.
+        data_dir: where prepared TFDS data sets lie.
+        steps: optimiser steps.
+        batch: examples per step.
+        seed: decides initialisation, data order and augmentation.
+        mesh: `data=2,expert=4`; empty = one device.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the metrics.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    expected: ClassVar[str] = ""
+
+    data: str = "digits"
+    data_dir: str = ""
+    steps: int = 1000
+    batch: int = 128
+    seed: int = 0
+    mesh: str = ""
+    save_every: int = 250
+    log_every: int = 25
+
+    def validate(self) -> None:
+        """Raises an InputError for a field that makes no sense."""
+        for field in ("steps", "batch", "save_every", "log_every"):
+            if getattr(self, field) < 1:
+                raise InputError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
+
+    def divisions(self) -> list[tuple[str, str, int]]:
+        """Returns what a mesh axis has to divide: `(axis, field, value)`."""
+        return [("data", "batch", self.batch)]
+
+    def learner(self, num_classes: int, steps: int) -> Learner:
+        """Returns the learner of this recipe."""
+        raise TypeError(f"recipe {self.name} builds no learner")
+
+
+@dataclasses.dataclass(frozen=True)
+class MutualMoE(Recipe):
+    """K small vision transformers with sparse mixture-of-experts layers teach each other.
+
+    Command: `jaxlab train mutual_moe`. Cost: about two minutes on two CPU cores. Expected: at least 97% test accuracy
+    for every peer on the handwritten digits.
+
+    Attributes:
+        peers: K.
+        experts: experts per layer.
+        top_k: experts per token.
+        hidden: hidden width of one expert.
+        width: features per token.
+        depth: transformer blocks.
+        heads: attention heads.
+        patch: side of a patch in pixels.
+        learning_rate: peak of AdamW's warm-up and cosine schedule.
+        weight_decay: of AdamW.
+        mutual_weight: weight of the mutual term.
+        temperature: of the mutual term.
+        balance: weight of the load-balancing loss.
+        shift: random shift in pixels in training.
+    """
+
+    name: ClassVar[str] = "mutual_moe"
+    title: ClassVar[str] = "vision transformers with sparse mixtures of experts teach each other (mutual learning)"
+    expected: ClassVar[str] = "about 2 minutes on 2 CPU cores"
+
+    steps: int = 1000
+    peers: int = 2
+    experts: int = 4
+    top_k: int = 2
+    hidden: int = 64
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    patch: int = 2
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    mutual_weight: float = 1.0
+    temperature: float = 1.0
+    balance: float = 0.01
+    shift: int = 1
+
+    def validate(self) -> None:
+        """Raises an InputError for a field that makes no sense."""
+        super().validate()
+        if self.peers < 1:
+            raise InputError(f"--peers must be at least 1, got {self.peers}")
+        if not 1 <= self.top_k <= self.experts:
+            raise InputError(f"--top-k must be between 1 and --experts {self.experts}, got {self.top_k}")
+        if self.width % self.heads:
+            raise InputError(f"--heads {self.heads} must divide --width {self.width}")
+
+    def divisions(self) -> list[tuple[str, str, int]]:
+        """Returns what a mesh axis has to divide: `(axis, field, value)`."""
+        return [*super().divisions(), ("expert", "experts", self.experts), ("peer", "peers", self.peers)]
+
+    def learner(self, num_classes: int, steps: int) -> Learner:
+        """Returns `deep_mutual_learning` over augmented vision transformers with mixture-of-experts layers."""
+        import functools
+
+        import optax
+
+        from jaxlab import moe, mutual, nn
+
+        net = nn.vit(
+            num_classes,
+            patch=self.patch,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            feed_forward=lambda: moe.moe_layer(
+                moe.top_k_router(self.experts, self.top_k), moe.swiglu_experts(self.experts, self.hidden)
+            ),
+            penalty=lambda plan: self.balance * moe.load_balancing_loss(plan),
+        )
+        if self.shift:
+            net = nn.with_augmentation(net, functools.partial(nn.random_shift, pixels=self.shift))
+        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, steps // 20), max(2, steps))
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=self.weight_decay)
+        )
+        return mutual.deep_mutual_learning(
+            net, optimizer, num_peers=self.peers, weight=self.mutual_weight, temperature=self.temperature
+        )
+
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (MutualMoE,)}
+
+
+def find_recipe(name: str) -> type[Recipe]:
+    """Returns the recipe of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}; there is {', '.join(sorted(RECIPES))}{did_you_mean(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def from_config(config: dict[str, Any]) -> Recipe:
+    """Returns the recipe that a run's `config.json` describes.
+
+    Raises:
+        InputError: the recipe or one of its fields is unknown.
+    """
+    recipe = find_recipe(config.get("recipe", ""))
+    fields = {field.name for field in dataclasses.fields(recipe)}
+    values = config.get("fields", {})
+    for name in values:
+        if name not in fields:
+            raise InputError(f"config.json has the unknown field {name!r}{did_you_mean(name, fields)}")
+    return recipe(**values)

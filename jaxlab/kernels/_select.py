@@ -1,0 +1,47 @@
+"""Which implementation of a kernel runs: the argument, else the environment, else the best that always works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+CHOICES = ("auto", "reference", "xla", "pallas")
+VARIABLE = "JAXLAB_KERNELS"
+
+
+def choose(name: str, implementation: str = "auto", available: Sequence[str] = ("reference", "xla")) -> str:
+    """Returns the implementation of kernel `name` that is to run.
+
+    An `implementation` other than `"auto"` overrides the environment variable `JAXLAB_KERNELS`, which overrides
+    `"auto"`; what is still `"auto"` then is `"xla"`.
+
+    Args:
+        name: public name of the kernel, for messages.
+        implementation: "auto", "reference", "xla" or "pallas".
+        available: the implementations that the kernel has.
+
+    Returns:
+        One of `available`.
+
+    Raises:
+        ValueError: the name is unknown, or the kernel has no such implementation.
+
+    Example:
+        >>> choose("attention", "reference")
+        'reference'
+    """
+    source = f"implementation={implementation!r}"
+    if implementation == "auto":
+        implementation = os.environ.get(VARIABLE) or "auto"
+        source = f"{VARIABLE}={implementation!r}"
+    if implementation not in CHOICES:
+        raise ValueError(f"{source} of {name} must be one of {', '.join(map(repr, CHOICES))}")
+    if implementation == "auto":
+        return "xla"
+    if implementation not in available:
+        usable = [repr(choice) for choice in CHOICES if choice == "auto" or choice in available]
+        raise ValueError(
+            f"no {implementation} implementation of {name} yet on any platform; "
+            f"use {', '.join(usable[:-1])} or {usable[-1]}"
+        )
+    return implementation

@@ -1,0 +1,88 @@
+"""One entry for every mixture of experts: a router, a set of experts and a dispatch between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlab.kernels.expert_ffn import expert_ffn
+from jaxlab.types import Array, Layer, RoutingPlan, accepted
+
+Dispatch = Callable[["Experts", Any, Array, RoutingPlan], Array]
+
+
+class Experts(NamedTuple):
+    """E experts as one set of stacked parameters.
+
+    Attributes:
+        num_experts: E.
+        init: `params = init(key, d)`, every leaf with a leading axis E.
+        apply: `y [T, d] = apply(params, x [T, d], plan)`, the weighted sum over a plan's assignments.
+    """
+
+    num_experts: int
+    init: Callable[..., Any]
+    apply: Callable[..., Array]
+
+
+def swiglu_experts(num_experts: int, hidden: int, *, implementation: str = "auto") -> Experts:
+    """Returns experts `f_e(x) = (silu(x gate_e) * (x up_e)) down_e`.
+
+    Args:
+        num_experts: E.
+        hidden: width of the hidden layer of one expert.
+        implementation: as in `kernels.expert_ffn`.
+    """
+
+    def init(key, size):
+        key_gate, key_up, key_down = jax.random.split(key, 3)
+        return {
+            "gate": jax.random.normal(key_gate, (num_experts, size, hidden)) * size**-0.5,
+            "up": jax.random.normal(key_up, (num_experts, size, hidden)) * size**-0.5,
+            "down": jax.random.normal(key_down, (num_experts, hidden, size)) * hidden**-0.5,
+        }
+
+    def apply(params, x, plan):
+        return expert_ffn(x, params, plan, activation="swiglu", implementation=implementation)
+
+    return Experts(num_experts, init, apply)
+
+
+def dropless() -> Dispatch:
+    """Returns the dispatch that computes every assignment of the plan and drops none."""
+    return lambda experts, params, x, plan: experts.apply(params, x, plan)
+
+
+def moe_layer(router: Layer, experts: Experts, *, dispatch: Dispatch | None = None) -> Layer:
+    """Returns a mixture-of-experts layer: the router makes a plan, the dispatch carries it out.
+
+    Args:
+        router: `Layer` whose `apply` gives a `RoutingPlan`.
+        experts: what the plan's assignments go to.
+        dispatch: how they get there; default `dropless()`.
+
+    Returns:
+        A `Layer`: `init(key, d)`, `apply(params, x [T, d], key=None, train=False)` gives `(y [T, d], plan)`.
+
+    Example:
+        >>> from jaxlab import moe
+        >>> layer = moe.moe_layer(moe.top_k_router(4, 2), moe.swiglu_experts(4, hidden=8))
+        >>> y, plan = layer.apply(layer.init(jax.random.key(0), 6), jax.numpy.ones((5, 6)))
+        >>> y.shape
+        (5, 6)
+    """
+    dispatch = dropless() if dispatch is None else dispatch
+
+    def init(key, size):
+        key_router, key_experts = jax.random.split(key)
+        return {"router": router.init(key_router, size), "experts": experts.init(key_experts, size)}
+
+    def apply(params, x, *, key=None, train=False):
+        plan = router.apply(params["router"], x, **accepted(router.apply, key=key, train=train))
+        if plan.num_experts != experts.num_experts:
+            raise ValueError(f"router has {plan.num_experts} experts, but experts has {experts.num_experts}")
+        return dispatch(experts, params["experts"], x, plan), plan
+
+    return Layer(init, apply)

@@ -1,0 +1,47 @@
+"""What more than one paper needs: masked reductions, collectives, sharding, layers, sorting, tree arithmetic."""
+
+from jaxlab.ops.collectives import (
+    all_mean,
+    all_sum,
+    axis_index,
+    axis_size,
+    gather_rows,
+    global_mean,
+    match_varying,
+    value_and_grad,
+)
+from jaxlab.ops.masked import (
+    compute_dtype,
+    masked_logsumexp,
+    masked_mean,
+    masked_softmax,
+    masked_sum,
+    safe_divide,
+    safe_normalize,
+    zero_where_false,
+)
+from jaxlab.ops.sharding import rows_mixed
+from jaxlab.ops.trees import ema_update, tree_lerp, tree_norm
+
+__all__ = [
+    "all_mean",
+    "all_sum",
+    "axis_index",
+    "axis_size",
+    "compute_dtype",
+    "ema_update",
+    "gather_rows",
+    "global_mean",
+    "masked_logsumexp",
+    "masked_mean",
+    "masked_softmax",
+    "masked_sum",
+    "match_varying",
+    "rows_mixed",
+    "safe_divide",
+    "safe_normalize",
+    "tree_lerp",
+    "tree_norm",
+    "value_and_grad",
+    "zero_where_false",
+]
