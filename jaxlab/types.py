@@ -94,10 +94,8 @@ class RoutingPlan:
 
 
 def accepted(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
-    """Returns those of `keywords` that `function` takes, so that a layer need only declare what changes it."""
+    """Returns those of `keywords` that `function` names, so that a layer need only declare what changes it."""
     parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return keywords
     return {name: value for name, value in keywords.items() if name in parameters}
 
 

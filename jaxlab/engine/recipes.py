@@ -73,14 +73,16 @@ class MutualMoE(Recipe):
         mutual_weight: weight of the mutual term.
         temperature: of the mutual term.
         balance: weight of the load-balancing loss.
-        shift: random shift in pixels in training.
+        shift: largest random shift in pixels in training; 0 turns augmentation off.
+        degrees: largest random rotation.
+        zoom: largest random relative change of size.
     """
 
     name: ClassVar[str] = "mutual_moe"
     title: ClassVar[str] = "vision transformers with sparse mixtures of experts teach each other (mutual learning)"
     expected: ClassVar[str] = "about 2 minutes on 2 CPU cores"
 
-    steps: int = 1000
+    steps: int = 1200
     peers: int = 2
     experts: int = 4
     top_k: int = 2
@@ -94,7 +96,9 @@ class MutualMoE(Recipe):
     mutual_weight: float = 1.0
     temperature: float = 1.0
     balance: float = 0.01
-    shift: int = 1
+    shift: float = 1.0
+    degrees: float = 12.0
+    zoom: float = 0.12
 
     def validate(self) -> None:
         """Raises an InputError for a field that makes no sense."""
@@ -130,7 +134,8 @@ class MutualMoE(Recipe):
             penalty=lambda plan: self.balance * moe.load_balancing_loss(plan),
         )
         if self.shift:
-            net = nn.with_augmentation(net, functools.partial(nn.random_shift, pixels=self.shift))
+            affine = functools.partial(nn.random_affine, degrees=self.degrees, scale=self.zoom, pixels=self.shift)
+            net = nn.with_augmentation(net, affine)
         schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, steps // 20), max(2, steps))
         optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=self.weight_decay)

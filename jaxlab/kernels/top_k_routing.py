@@ -70,7 +70,7 @@ def top_k_routing(
         groups: number of equal groups of neighbouring experts; needs `groups_kept` or `per_group`.
         groups_kept: choose only within the best groups of each token, by the sum of their two largest `p + bias`
             (DeepSeek-V3).
-        per_group: choose k / groups experts in each group, listed group by group (MoGE).
+        per_group: choose k / groups experts in each group (MoGE).
         renormalize: whether the weights of a token sum to 1 (0 where the sum is 0).
         score_function: "softmax", "sigmoid" or "none" (scores are used as they come).
         where: bool [T], True = real token. Others get ids E and weights exactly 0, are not counted and sort last.
@@ -186,7 +186,9 @@ def _route(scores, bias, where, *, k, groups, groups_kept, per_group, renormaliz
     elif per_group:
         inside = best(choice.reshape(tokens, groups, experts // groups), k // groups)[1]
         first = jnp.arange(groups, dtype=jnp.int32) * (experts // groups)
-        ids = (inside + first[None, :, None]).reshape(tokens, k)
+        candidates = (inside + first[None, :, None]).reshape(tokens, k)
+        ranking = best(jnp.take_along_axis(choice, candidates, axis=1), k)[1]
+        ids = jnp.take_along_axis(candidates, ranking, axis=1)
     else:
         size = experts // groups
         value = jnp.where(keep, value, -largest / 4).reshape(tokens, groups, size)

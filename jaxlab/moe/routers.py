@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlab.kernels.top_k_routing import plan_from_top_k, top_k_routing
+from jaxlab.ops.masked import compute_dtype
 from jaxlab.types import Layer
 
 
@@ -34,7 +35,7 @@ def top_k_router(
 
     Returns:
         A `Layer`: `init(key, d)`, `apply(params, x [T, d], key=None, train=False)` gives a `RoutingPlan` of A = T k
-        assignments. Router arithmetic is float32 whatever comes in.
+        assignments. Router arithmetic is at least float32 whatever comes in.
 
     Raises:
         ValueError: k is out of range, or noise is asked for in training without a key.
@@ -57,14 +58,14 @@ def top_k_router(
         noisy = train and (noise > 0 or jitter > 0)
         if noisy and key is None:
             raise ValueError("key is needed: this router is noisy in training")
-        x = x.astype(jnp.float32)
+        x = x.astype(compute_dtype(x))
         if noisy:
             key_noise, key_jitter = jax.random.split(key)
             if jitter > 0:
-                x = x * jax.random.uniform(key_jitter, x.shape, minval=1 - jitter, maxval=1 + jitter)
-        logits = x @ params["w"].astype(jnp.float32)
+                x = x * jax.random.uniform(key_jitter, x.shape, x.dtype, minval=1 - jitter, maxval=1 + jitter)
+        logits = x @ params["w"].astype(x.dtype)
         if noisy and noise > 0:
-            logits = logits + noise / num_experts * jax.random.normal(key_noise, logits.shape)
+            logits = logits + noise / num_experts * jax.random.normal(key_noise, logits.shape, logits.dtype)
         chosen = top_k_routing(logits, k, renormalize=renormalize, implementation=implementation)
         return plan_from_top_k(chosen, logits)
 

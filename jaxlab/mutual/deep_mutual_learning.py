@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlab.ops.collectives import axis_index, axis_size, gather_rows, global_mean, value_and_grad
+from jaxlab.ops.collectives import all_mean, axis_index, axis_size, gather_rows, global_mean, value_and_grad
 from jaxlab.ops.masked import compute_dtype, zero_where_false
 from jaxlab.types import Layer, Learner, LearnerState, StatefulLayer, as_stateful
 
@@ -167,14 +167,16 @@ def deep_mutual_learning(
 
             losses, (kl, accuracy) = jax.vmap(of_peer)(logits, ids)
             if "penalty" in outputs:
-                losses = losses + outputs["penalty"]
+                losses = losses + all_mean(outputs["penalty"], data_axis_name)
             votes = jnp.argmax(everyone, axis=-1)
             agree = jnp.all(votes == votes[:1], axis=0).astype(jnp.float32)
+            # Equal on all shards of peers already; the mean says so to shard_map.
+            agreement = all_mean(global_mean(agree, where, axis_name=data_axis_name), axis_name)
             metrics = {
                 "loss": losses,
                 "accuracy": accuracy,
                 "mutual_kl": kl,
-                "agreement": global_mean(agree, where, axis_name=data_axis_name),
+                "agreement": agreement,
             }
             # Each peer's parameters occur in its own loss alone, so the gradient of the sum is each one's own.
             return jnp.sum(losses), (metrics, net_state)

@@ -33,6 +33,37 @@ def random_shift(key: Array, x: Array, *, pixels: int = 1) -> Array:
     return jax.vmap(crop)(padded, starts)
 
 
+def random_affine(
+    key: Array, x: Array, *, degrees: float = 10.0, scale: float = 0.1, pixels: float = 1.0
+) -> Array:
+    """Returns the images rotated, scaled and shifted at random, bilinear, zeros moving in, one draw per image.
+
+    Args:
+        key: typed PRNG key.
+        x: [N, H, W, C].
+        degrees: largest rotation to either side.
+        scale: largest relative change of size.
+        pixels: largest shift in each direction.
+
+    Example:
+        >>> random_affine(jax.random.key(0), jnp.ones((2, 4, 4, 1))).shape
+        (2, 4, 4, 1)
+    """
+    n, h, w, c = x.shape
+    draws = jax.random.uniform(key, (n, 4), minval=-1.0, maxval=1.0)
+    rows, cols = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
+
+    def move(image, draw):
+        angle, size = draw[0] * degrees * jnp.pi / 180, 1 + draw[1] * scale
+        cos, sin = jnp.cos(angle) / size, jnp.sin(angle) / size
+        at = [cos * rows - sin * cols + (h - 1) / 2, sin * rows + cos * cols + (w - 1) / 2]
+        at = [a + pixels * d for a, d in zip(at, draw[2:], strict=True)]
+        sample = lambda plane: jax.scipy.ndimage.map_coordinates(plane, at, order=1, mode="constant")
+        return jax.vmap(sample, in_axes=2, out_axes=2)(image)
+
+    return jax.vmap(move)(x, draws).astype(x.dtype)
+
+
 def with_augmentation(net: Layer | StatefulLayer, augment: Callable[[Array, Array], Array]) -> StatefulLayer:
     """Returns the network with `augment(key, x)` before it in training; evaluation is untouched.
 

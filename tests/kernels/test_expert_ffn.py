@@ -160,8 +160,7 @@ def test_all_tokens_in_one_expert_and_shapes_of_one():
     x = rng.normal(size=(1, D)).astype(np.float32)
     plan = make_plan([(0, 2, 0.7)], tokens=1)
     np.testing.assert_allclose(expert_ffn(x, weights, plan), oracle(x, weights, plan, "swiglu"), rtol=1e-4, atol=1e-6)
-    empty = jax.tree.map(lambda leaf: leaf[:0], plan)
-    none = RoutingPlan(empty.token, empty.expert, empty.weight, 0 * plan.counts, plan.scores, plan.logits, np.int32(0))
+    none = make_plan([], rows=0, tokens=1)
     assert expert_ffn(x, weights, none).tolist() == [[0.0] * D]
     # A token may meet the same expert twice, also within one tile.
     plan = make_plan([(0, 2, 0.7), (0, 2, 0.2), (0, 1, 1.0)], tokens=1)

@@ -54,11 +54,12 @@ def oracle(scores, k, bias=None, groups=None, groups_kept=None, per_group=False,
         choice = value if bias is not None else [-np.inf if np.isnan(x) else x for x in s]
 
         def best(candidates, n, by):
-            return sorted(candidates, key=lambda e: (-by[e], e))[:n]
+            return sorted(candidates, key=lambda candidate: (-by[candidate], candidate))[:n]
 
         size = experts // (groups or 1)
         if per_group:
             row = [e for g in range(groups) for e in best(range(g * size, (g + 1) * size), k // groups, choice)]
+            row = best(sorted(row), k, choice)
         elif groups_kept:
             strength = [sum(sorted(value[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
             kept = best(range(groups), groups_kept, strength)

@@ -1,0 +1,110 @@
+"""The layer, its routers and the balance losses against loops over tokens and experts."""
+
+import conformance
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance import Arg, Case
+
+from jaxlab import moe
+
+rng = np.random.default_rng(0)
+T, D, E, K, F = 7, 5, 4, 2, 6
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def layer_oracle(params, x, k):
+    w = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    y = np.zeros(x.shape)
+    for t in range(len(x)):
+        z = x[t] @ w["router"]["w"]
+        p = np.exp(z) / np.exp(z).sum()
+        best = sorted(range(len(p)), key=lambda e: (-p[e], e))[:k]
+        for e in best:
+            h = silu(x[t] @ w["experts"]["gate"][e]) * (x[t] @ w["experts"]["up"][e])
+            y[t] += p[e] / p[best].sum() * (h @ w["experts"]["down"][e])
+    return y
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_layer_equals_the_loop(k):
+    layer = moe.moe_layer(moe.top_k_router(E, k), moe.swiglu_experts(E, F))
+    params = layer.init(jax.random.key(0), D)
+    params["router"]["w"] = params["router"]["w"] * 50
+    x = rng.normal(size=(T, D)).astype(np.float32)
+    y, plan = jax.jit(layer.apply)(params, x)
+    np.testing.assert_allclose(y, layer_oracle(params, x.astype(np.float64), k), atol=1e-5)
+    assert int(plan.counts.sum()) == T * k and int(plan.dropped) == 0
+    assert np.all(np.diff(plan.expert) >= 0)
+
+
+def test_router_is_noisy_in_training_only():
+    router = moe.top_k_router(E, 1, noise=8.0, jitter=0.1)
+    params = router.init(jax.random.key(0), D)
+    x = jnp.float32(rng.normal(size=(64, D)))
+    a, b = (router.apply(params, x, key=jax.random.key(i), train=True) for i in (0, 1))
+    assert np.any(a.logits != b.logits)
+    quiet = router.apply(params, x)
+    np.testing.assert_array_equal(quiet.logits, router.apply(params, x, key=jax.random.key(0)).logits)
+    with pytest.raises(ValueError, match="key is needed"):
+        router.apply(params, x, train=True)
+
+
+def test_balance_losses_equal_loops():
+    router = moe.top_k_router(E, K)
+    params = {"w": jnp.float32(rng.normal(size=(D, E)))}
+    x = rng.normal(size=(T, D)).astype(np.float32)
+    plan = router.apply(params, x)
+    z = x.astype(np.float64) @ np.asarray(params["w"], np.float64)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    f = np.zeros(E)
+    for t in range(T):
+        for e in np.argsort(-p[t])[:K]:
+            f[e] += 1 / (T * K)
+    np.testing.assert_allclose(moe.load_balancing_loss(plan), E * sum(f * p.mean(0)), rtol=1e-5)
+    np.testing.assert_allclose(moe.expert_load(plan), f * E, rtol=1e-6)
+    np.testing.assert_allclose(moe.router_z_loss(plan), np.mean(np.log(np.exp(z).sum(1)) ** 2), rtol=1e-5)
+
+
+def test_balance_over_the_global_batch():
+    router = moe.top_k_router(E, K)
+    params = {"w": jnp.float32(rng.normal(size=(D, E)))}
+    x = rng.normal(size=(8, 4, D)).astype(np.float32)
+    for loss in (moe.load_balancing_loss, moe.router_z_loss):
+        whole = loss(router.apply(params, x.reshape(-1, D)))
+        spread = jax.vmap(lambda x, loss=loss: loss(router.apply(params, x), axis_name="data"), axis_name="data")(x)
+        np.testing.assert_allclose(spread, np.full(8, whole), rtol=1e-5)
+
+
+def test_nothing_routed_is_finite():
+    plan = moe.top_k_router(E, K).apply({"w": jnp.zeros((D, E))}, jnp.zeros((0, D)))
+    assert float(moe.load_balancing_loss(plan)) == 0 and float(moe.router_z_loss(plan)) == 0
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="k=5 must be between 1 and num_experts=4"):
+        moe.top_k_router(4, 5)
+    with pytest.raises(ValueError, match="x must be"):
+        moe.top_k_router(4, 1).apply({"w": jnp.zeros((D, 4))}, jnp.zeros((2, 3, D)))
+    layer = moe.moe_layer(moe.top_k_router(4, 1), moe.swiglu_experts(3, 2))
+    with pytest.raises(ValueError, match="router has 4 experts, but experts has 3"):
+        layer.apply(layer.init(jax.random.key(0), D), jnp.zeros((2, D)))
+
+
+LAYER = moe.moe_layer(moe.top_k_router(E, K), moe.swiglu_experts(E, F))
+PARAMS = jax.tree.map(np.asarray, jax.jit(lambda key: LAYER.init(key, D))(jax.random.key(0)))
+PARAMS["router"]["w"] = PARAMS["router"]["w"] * 20
+
+
+def moe_layer(x):
+    return LAYER.apply(jax.tree.map(lambda a: jnp.asarray(a, jnp.promote_types(x.dtype, jnp.float32)), PARAMS), x)[0]
+
+
+CASES = [
+    Case(moe_layer, {"x": Arg("activations", (6, D))}, wrt=("x",), rows={"x": 0}, symmetry="equivariant"),
+]
+test_conformance = conformance.conformance_tests(CASES)
