@@ -72,7 +72,9 @@ def build_parser() -> Parser:
 
 def recipe_parser(recipe) -> Parser:
     """Returns the parser of `jaxlab train <recipe>`: every field of the recipe is a typed flag."""
-    parser = Parser(prog=f"jaxlab train {recipe.name}", description=recipe.__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser = Parser(
+        prog=f"jaxlab train {recipe.name}", description=recipe.__doc__.split("\n", 1)[0], allow_abbrev=False
+    )
     for field in dataclasses.fields(recipe):
         kind = {"int": int, "float": float, "str": str}[str(field.type)]
         flag = "--" + field.name.replace("_", "-")
@@ -172,7 +174,9 @@ def command_papers(args: argparse.Namespace) -> int:
 
     families = sorted({paper.family for paper in catalog.papers()})
     if args.family is not None and args.family not in families:
-        raise BadInput(f"unknown family {args.family!r}{nearest(args.family, families)}; there is {', '.join(families)}")
+        raise BadInput(
+            f"unknown family {args.family!r}{nearest(args.family, families)}; there is {', '.join(families)}"
+        )
     rows = catalog.json_rows(family=args.family, missing=args.missing)
     print(json.dumps(rows) if args.json else catalog.table(rows))
     return 0

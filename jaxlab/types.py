@@ -1,4 +1,4 @@
-"""The shapes that everything public has: `Layer`, `StatefulLayer`, `Learner`, and the routing plan that joins routers and experts."""
+"""The shapes that everything public has: layers, learners, and the plan that joins routers and experts."""
 
 from __future__ import annotations
 
@@ -31,14 +31,20 @@ class Layer(NamedTuple):
 
 
 class StatefulLayer(NamedTuple):
-    """A network with memory: `params, state = init(key, *dims)`, `y, state = apply(params, state, x, ..., key=None, train=False)`."""
+    """A network with memory, which goes in and comes out.
+
+    `params, state = init(key, *dims)`, `y, state = apply(params, state, x, ..., key=None, train=False)`.
+    """
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[Any, PyTree]]
 
 
 class Learner(NamedTuple):
-    """A way to train: `state = init(key, batch)`, `state, metrics = update(state, batch, key)`, `outputs = predict(state, batch)`."""
+    """A way to train one or several networks.
+
+    `state = init(key, batch)`, `state, metrics = update(state, batch, key)`, `outputs = predict(state, batch)`.
+    """
 
     init: Callable[..., Any]
     update: Callable[..., tuple[Any, dict[str, Array]]]
@@ -103,8 +109,8 @@ def as_stateful(net: Layer | StatefulLayer | Callable[..., Any]) -> StatefulLaye
     """Brings a network into the one form that every method uses.
 
     Args:
-        net: a `Layer`, a `StatefulLayer`, or a bare `apply_fn(params, x)` (its parameters then come from the caller, and
-            `init` raises).
+        net: a `Layer`, a `StatefulLayer`, or a bare `apply_fn(params, x)`, whose parameters come from the caller:
+            its `init` raises.
 
     Returns:
         A `StatefulLayer` whose `apply` always accepts `key=` and `train=` and passes on what the network declares.

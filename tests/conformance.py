@@ -5,19 +5,19 @@ A test file declares its cases and turns them into tests in one line:
     CASES = [
         Case(
             groco_loss,
-            args={"anchor": Arg("embeddings", (6, 8)), "positives": Arg("embeddings", (6, 2, 8)), "where": Arg("where", (6,))},
+            args={"anchor": Arg("embeddings", (6, 8)), "where": Arg("where", (6,)), ...},
             static={"k": 3},
             wrt=("anchor",),                      # floating arguments that carry gradient
             frozen=("positives",),                # floating arguments whose gradient must be exactly zero
             rows={"anchor": 0, "positives": 0, "where": 0},   # which axis of which argument counts the examples
-            symmetry="invariant",                 # what a permutation of the rows does: "invariant", "equivariant" or None
+            symmetry="invariant",                 # of a permutation of the rows: "invariant", "equivariant", None
         ),
     ]
     test_conformance = conformance_tests(CASES)
 
-Arguments are passed by name. `Arg(role, shape, high=...)` draws the data; roles: `embeddings scores probabilities labels
-where weights key activations index`. For an equivariant function, axis 0 of every output counts the rows. An invariant is
-switched off only by `skip={"name": "reason"}`; the names are the functions below that start with `check_`.
+Arguments are passed by name. `Arg(role, shape, high=...)` draws the data; roles: `embeddings scores probabilities
+labels where weights key activations index`. For an equivariant function, axis 0 of every output counts the rows. An
+invariant is switched off only by `skip={"name": "reason"}`; the names are the functions below that start with `check_`.
 
 A case compiles at most 8 executables: random inputs, extremes, masks and permutations are stacked and go through one
 vmapped `value_and_grad`. Eager execution, which compiles operation by operation, is not counted.
@@ -356,9 +356,9 @@ def check_gradient(runner: Runner):
             points += [{n: v + s * step * d[n] for n, v in moving.items()} for s in (1, -1)]
 
         def run(point):
-            (value, out), grads = jax.value_and_grad(
-                lambda p: runner.objective({**p, **fixed}, rest), has_aux=True
-            )(point)
+            (value, out), grads = jax.value_and_grad(lambda p: runner.objective({**p, **fixed}, rest), has_aux=True)(
+                point
+            )
             return value, grads, out
 
         values, grads, out = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(stack(points)))
@@ -434,7 +434,9 @@ def check_shard_map(runner: Runner):
 
 def sharded_rows(runner: Runner, mesh):
     case = runner.case
-    values = {n: np.concatenate([inputs(case, 10 + i)[n] for i in range(DEVICES)], axis=axis) for n, axis in case.rows.items()}
+    values = {
+        n: np.concatenate([inputs(case, 10 + i)[n] for i in range(DEVICES)], axis=axis) for n, axis in case.rows.items()
+    }
     values = {**{n: v for n, v in inputs(case, 10).items() if n not in case.rows}, **values}
     for name, arg in case.args.items():  # an uneven mask, so that a mean of local means would be wrong
         if arg.role == "where" and name in case.rows:
@@ -462,7 +464,9 @@ def sharded_rows(runner: Runner, mesh):
 
     def total(out):
         leaves = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)) for leaf in leaves)
+        return sum(
+            jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)) for leaf in leaves
+        )
 
     def by_vmap(wrt):
         def local(w, r):
@@ -473,7 +477,7 @@ def sharded_rows(runner: Runner, mesh):
                 if n not in case.rows:
                     return v
                 axis = case.rows[n]
-                shape = v.shape[:axis] + (DEVICES, v.shape[axis] // DEVICES) + v.shape[axis + 1 :]
+                shape = (*v.shape[:axis], DEVICES, v.shape[axis] // DEVICES, *v.shape[axis + 1 :])
                 return jnp.moveaxis(jnp.reshape(v, shape), axis, 0)
 
             return {n: block(n, v) for n, v in tree.items()}

@@ -101,7 +101,7 @@ def side_effect(x, *, where=None):
 
 
 def reads_concrete(x, *, where=None):
-    return right(x, where=where) if float(jnp.sum(x)) > 0 else right(x, where=where)
+    return right(x, where=where) * (1.0 if float(jnp.sum(x)) > 0 else 2.0)
 
 
 WRONG = [

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -124,7 +125,8 @@ def _quiet_tfds() -> Iterator:
             raise InputError("data sets need the extra `train`: pip install 'jaxlab[train]'") from error
         tfds.disable_progress_bar()
         logging.getLogger("absl").setLevel(logging.ERROR)
-        yield tfds
+        with contextlib.redirect_stdout(io.StringIO()):  # results alone go to stdout
+            yield tfds
 
 
 def _read(builder, split: str) -> Split:
@@ -273,7 +275,12 @@ def batch_indices(seed: int, step: int, size: int, batch: int) -> np.ndarray:
 def batch_at(split: Split, seed: int, step: int, batch: int) -> Split:
     """Returns the batch of a step: `x`, `y`, `where` (all True) and `index`."""
     index = batch_indices(seed, step, len(split["y"]), batch)
-    return {"x": split["x"][index], "y": split["y"][index], "where": np.ones(batch, bool), "index": index.astype(np.int32)}
+    return {
+        "x": split["x"][index],
+        "y": split["y"][index],
+        "where": np.ones(batch, bool),
+        "index": index.astype(np.int32),
+    }
 
 
 def eval_batches(split: Split, batch: int) -> Iterator[Split]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from jaxlab.kernels.top_k_routing import plan_from_top_k, top_k_routing
 from jaxlab.ops.masked import compute_dtype
@@ -42,7 +41,7 @@ def top_k_router(
 
     Example:
         >>> router = top_k_router(4, 2)
-        >>> plan = router.apply(router.init(jax.random.key(0), 8), jnp.ones((3, 8)))
+        >>> plan = router.apply(router.init(jax.random.key(0), 8), jax.numpy.ones((3, 8)))
         >>> int(plan.counts.sum())
         6
     """

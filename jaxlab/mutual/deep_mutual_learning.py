@@ -4,11 +4,11 @@ K networks train at once; each one fits the labels and the predictions of the ot
 
     L_k = CE(y, p_k) + weight / (K - 1) * sum_{l != k} KL(sg(p_l) || p_k)
 
-p are softmax outputs and sg stops the gradient, so a peer is a teacher whose prediction is a constant. The paper updates
-the networks one after the other within a mini-batch, each seeing the others' newest predictions. Here all peers are
-updated at once from the predictions of the same step, so that one program serves one chip and a mesh with an axis of
-peers (reconstructed: the paper's released code does the same). A `temperature` T other than 1 divides the logits of both
-sides and multiplies the term by T^2 (reconstructed: the paper has T = 1).
+p are softmax outputs and sg stops the gradient, so a peer is a teacher whose prediction is a constant. The paper
+updates the networks one after the other within a mini-batch, each seeing the others' newest predictions. Here all peers
+are updated at once from the predictions of the same step, so that one program serves one chip and a mesh with an axis of
+peers (reconstructed). A `temperature` T other than 1 divides the logits of both sides and multiplies the term by T^2
+(reconstructed: the paper has T = 1).
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def deep_mutual_learning(
         strength = weight(state.step) if callable(weight) else weight
 
         def total(params):
-            outputs, net_state = jax.vmap(
-                lambda p, s, k: net.apply(p, s, x, key=k, train=True), out_axes=0
-            )(params, state.net_state, keys)
+            outputs, net_state = jax.vmap(lambda p, s, k: net.apply(p, s, x, key=k, train=True), out_axes=0)(
+                params, state.net_state, keys
+            )
             outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
             logits = outputs["logits"]
             everyone = gather_rows(jax.lax.stop_gradient(logits), axis_name)

@@ -33,9 +33,7 @@ def random_shift(key: Array, x: Array, *, pixels: int = 1) -> Array:
     return jax.vmap(crop)(padded, starts)
 
 
-def random_affine(
-    key: Array, x: Array, *, degrees: float = 10.0, scale: float = 0.1, pixels: float = 1.0
-) -> Array:
+def random_affine(key: Array, x: Array, *, degrees: float = 10.0, scale: float = 0.1, pixels: float = 1.0) -> Array:
     """Returns the images rotated, scaled and shifted at random, bilinear, zeros moving in, one draw per image.
 
     Args:
@@ -49,7 +47,7 @@ def random_affine(
         >>> random_affine(jax.random.key(0), jnp.ones((2, 4, 4, 1))).shape
         (2, 4, 4, 1)
     """
-    n, h, w, c = x.shape
+    n, h, w, _ = x.shape
     draws = jax.random.uniform(key, (n, 4), minval=-1.0, maxval=1.0)
     rows, cols = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
 

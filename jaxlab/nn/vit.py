@@ -77,7 +77,7 @@ def vit(
         return params
 
     def apply(params, x, *, key=None, train=False):
-        n, h, w, c = x.shape
+        n, c = x.shape[0], x.shape[3]
         rows, cols = grid(x.shape)
         x = x.reshape(n, rows, patch, cols, patch, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * cols, -1)
         x = embed.apply(params["embed"], x) + params["position"][None]

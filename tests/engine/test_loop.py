@@ -37,7 +37,11 @@ def test_a_run_leaves_everything(finished):
     assert [row["step"] for row in rows(finished)] == [1, 2, 3, 4, 5, 6, 6]
     last = rows(finished)[-1]
     assert len(last["test_accuracy"]) == 2 and all(0 <= a <= 1 for a in last["test_accuracy"])
-    assert {p.name for p in (finished / "plots").iterdir()} == {"learning_curves.png", "expert_load.png", "confusion.png"}
+    assert {p.name for p in (finished / "plots").iterdir()} == {
+        "learning_curves.png",
+        "expert_load.png",
+        "confusion.png",
+    }
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (finished / "plots").iterdir())
     assert list((finished / "tensorboard").glob("events*"))
     assert (finished / "checkpoints" / "6").is_dir()

@@ -43,9 +43,7 @@ def test_mutual_kl_equals_the_loop():
     for i, peers in ((0, [1, 2, 3]), (2, [0]), (1, [])):
         mask = np.isin(np.arange(K), peers)
         for temperature in (1.0, 3.0):
-            got = mutual.mutual_kl(
-                jnp.float32(z[i]), jnp.float32(z), peers=mask, temperature=temperature, where=where
-            )
+            got = mutual.mutual_kl(jnp.float32(z[i]), jnp.float32(z), peers=mask, temperature=temperature, where=where)
             np.testing.assert_allclose(got, kl_oracle(z[i], z[peers], where, temperature), rtol=2e-5, atol=1e-7)
 
 
@@ -138,18 +136,26 @@ def test_training_is_equal_on_every_axis(mode):
         learner = mutual.deep_mutual_learning(net, tx, num_peers=K, axis_name="peer")
         split = jax.tree.map(lambda a: a if a.ndim == 0 else a.reshape(2, 2, *a.shape[1:]), start)
         axes = jax.tree.map(lambda a: None if a.ndim == 0 else 0, start)
-        got, got_metrics = jax.jit(jax.vmap(loop(learner.update), in_axes=(axes, None), axis_name="peer"))(split, BATCH8)
+        got, got_metrics = jax.jit(jax.vmap(loop(learner.update), in_axes=(axes, None), axis_name="peer"))(
+            split, BATCH8
+        )
         got = jax.tree.map(lambda a, b: a.reshape(b.shape) if b.ndim else a[0], got, expected)
         loss = got_metrics["loss"].reshape(-1)
     else:
         shape = {"peer": (2, 1), "data": (1, 4)}.get(mode, (2, 4))
         axis_types = (jax.sharding.AxisType.Auto,) * 2
-        mesh = jax.make_mesh(shape, ("peer", "data"), axis_types=axis_types, devices=jax.devices()[: shape[0] * shape[1]])
+        mesh = jax.make_mesh(
+            shape, ("peer", "data"), axis_types=axis_types, devices=jax.devices()[: shape[0] * shape[1]]
+        )
         learner = mutual.deep_mutual_learning(net, tx, num_peers=K, axis_name="peer", data_axis_name="data")
         spec = jax.tree.map(lambda a: P("peer") if a.ndim else P(), start)
         out = (spec, {"loss": P("peer"), "accuracy": P("peer"), "mutual_kl": P("peer"), "agreement": P()})
         mapped = jax.shard_map(
-            loop(learner.update), mesh=mesh, in_specs=(spec, P("data")), out_specs=out, check_vma="unchecked" not in mode
+            loop(learner.update),
+            mesh=mesh,
+            in_specs=(spec, P("data")),
+            out_specs=out,
+            check_vma="unchecked" not in mode,
         )
         got, got_metrics = jax.jit(mapped)(start, BATCH8)
         loss = got_metrics["loss"]

@@ -1,0 +1,107 @@
+"""What this machine has, and whether the implementations of every kernel agree on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlab import kernels
+
+PACKAGES = ("jaxlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Returns versions, devices, and for each kernel the error of `xla` against `reference` and both times.
+
+    The error is the largest difference of values and gradients, relative to the largest entry; implementations agree
+    below 1e-4 in float32 (1e-2 on devices that multiply float32 in fewer bits).
+    """
+    devices = jax.devices()
+    return {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "kernels": [_compare(name, run, 1e-4 if devices[0].platform == "cpu" else 1e-2) for name, run in _cases()],
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """Returns the report as text."""
+    lines = [f"Python {report['python']}, {report['cores']} cores, devices: {', '.join(report['devices'])}"]
+    lines.append(", ".join(f"{name} {v}" for name, v in report["versions"].items()))
+    for row in report["kernels"]:
+        verdict = "agrees" if row["agrees"] else "DIFFERS"
+        lines.append(
+            f"{row['kernel']:<16} xla {verdict} with reference (error {row['error']:.1e}); "
+            f"forward and backward {row['xla_ms']:.2f} ms against {row['reference_ms']:.2f} ms; no pallas form yet"
+        )
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cases():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 1024, 4, 32)), jnp.float32) for _ in range(3))
+    yield (
+        "attention",
+        lambda form: (
+            lambda q, k, v: jnp.sum(jnp.sin(kernels.attention(q, k, v, causal=True, implementation=form))),
+            (q, k, v),
+        ),
+    )
+    scores = jnp.asarray(rng.normal(size=(2048, 32)), jnp.float32)
+    yield (
+        "top_k_routing",
+        lambda form: (
+            lambda s: jnp.sum(jnp.sin(kernels.top_k_routing(s, 2, renormalize=True, implementation=form).weights)),
+            (scores,),
+        ),
+    )
+    x = jnp.asarray(rng.normal(size=(512, 64)), jnp.float32)
+    w = {n: jnp.asarray(rng.normal(size=(8, 64, 64)) / 8, jnp.float32) for n in ("gate", "up", "down")}
+    logits = scores[:512, :8]
+    plan = kernels.plan_from_top_k(kernels.top_k_routing(logits, 2, renormalize=True), logits)
+    yield (
+        "expert_ffn",
+        lambda form: (
+            lambda x, w: jnp.sum(jnp.sin(kernels.expert_ffn(x, w, plan, implementation=form))),
+            (x, w),
+        ),
+    )
+
+
+def _compare(name: str, make, tolerance: float) -> dict[str, Any]:
+    results, times = {}, {}
+    for form in ("reference", "xla"):
+        function, args = make(form)
+        run = jax.jit(jax.value_and_grad(function, argnums=tuple(range(len(args)))))
+        results[form] = jax.block_until_ready(run(*args))
+        samples = []
+        for _ in range(5):
+            began = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            samples.append(time.perf_counter() - began)
+        times[form] = 1e3 * float(np.median(samples))
+    pairs = zip(jax.tree.leaves(results["xla"]), jax.tree.leaves(results["reference"]), strict=True)
+    error = max(float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-6)) for a, b in pairs)
+    return {
+        "kernel": name,
+        "error": error,
+        "agrees": error < tolerance,
+        "xla_ms": times["xla"],
+        "reference_ms": times["reference"],
+    }
