@@ -12,6 +12,7 @@ from jax import Array
 from jaxlab.kernels._select import choose
 from jaxlab.ops.collectives import match_varying
 from jaxlab.ops.masked import compute_dtype, zero_where_false
+from jaxlab.ops.sharding import rows_mixed
 
 _BLOCK = 512  # sequences up to one block go through the dense form, longer ones through blocks of this length
 
@@ -75,7 +76,7 @@ def attention(
     if chosen == "reference" or bias is not None or max(q.shape[1], k.shape[1]) <= _BLOCK or 0 in q.shape + k.shape:
         out, lse = _dense(q, k, v, q_ids, kv_ids, bias, **options)
     else:
-        out, lse = _blocks(q, k, v, q_ids, kv_ids, block=_BLOCK, **options)
+        out, lse = rows_mixed(functools.partial(_blocks, block=_BLOCK, **options))(q, k, v, q_ids, kv_ids)
     empty = jax.lax.stop_gradient(lse) == -jnp.inf
     out = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
     return (out, jnp.where(empty, -jnp.inf, lse)) if return_lse else out

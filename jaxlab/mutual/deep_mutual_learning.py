@@ -5,10 +5,10 @@ K networks train at once; each one fits the labels and the predictions of the ot
     L_k = CE(y, p_k) + weight / (K - 1) * sum_{l != k} KL(sg(p_l) || p_k)
 
 p are softmax outputs and sg stops the gradient, so a peer is a teacher whose prediction is a constant. The paper
-updates the networks one after the other within a mini-batch, each seeing the others' newest predictions. Here all peers
-are updated at once from the predictions of the same step, so that one program serves one chip and a mesh with an axis of
-peers (reconstructed). A `temperature` T other than 1 divides the logits of both sides and multiplies the term by T^2
-(reconstructed: the paper has T = 1).
+updates the networks one after the other within a mini-batch, each seeing the others' newest predictions. Here all
+peers are updated at once from the predictions of the same step, so that one program serves one chip and a mesh with an
+axis of peers (reconstructed). A `temperature` T other than 1 divides the logits of both sides and multiplies the term
+by T^2 (reconstructed: the paper has T = 1).
 """
 
 from __future__ import annotations

@@ -216,6 +216,20 @@ def test_transformations_and_no_retrace(mesh8):
     np.testing.assert_allclose(shard(q, k[0], v[0]), one(q, k[0], v[0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [512, 4])
+def test_explicit_mesh(block, monkeypatch):
+    monkeypatch.setattr(sys.modules["jaxlab.kernels.attention"], "_BLOCK", block)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    q = rng.normal(size=(2, 6, 2, 3)).astype(np.float32)
+
+    def f(q):
+        return jax.grad(lambda q: jnp.sin(attention(q, q, q, causal=True)).sum())(q)
+
+    with jax.set_mesh(mesh):
+        got = jax.jit(f)(jax.device_put(q, P("data")))
+    np.testing.assert_allclose(got, jax.jit(f)(q), rtol=1e-4, atol=1e-6)
+
+
 def test_memory_is_linear_in_the_length():
     def bytes_at(length):
         q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
