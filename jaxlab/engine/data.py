@@ -143,7 +143,7 @@ def _read(builder, split: str) -> Split:
 def _digits_builder(tfds, directory: Path):
     import sklearn.datasets
 
-    class JaxlabDigits(tfds.core.GeneratorBasedBuilder):
+    class JaxlabDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Scikit-learn's handwritten digits, 8 x 8 pixels in [0, 1]."""
 
         VERSION = tfds.core.Version("1.0.0")
@@ -231,9 +231,10 @@ def _tfds(name: str, data_dir: str | None) -> tuple[Split, Split, str]:
 def _npz(path: Path) -> tuple[Split, Split, str]:
     def read(file: Path) -> Split:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            # numpy leaves the file open when the archive is damaged, so it is opened here.
+            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             reason = "object arrays are not read" if "allow_pickle" in str(error) else str(error)
             raise InputError(f"{file} is not a readable .npz file: {reason}") from error
 
