@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 __version__: str
 
-_FAMILIES = ("contrastive", "moe", "mutual")
+_FAMILIES = ("contrastive", "moe", "mutual", "norm")
 _MODULES = (*_FAMILIES, "kernels", "nn", "ops", "types")
-__all__ = ["contrastive", "kernels", "moe", "mutual", "nn", "ops", "types"]
+__all__ = ["contrastive", "kernels", "moe", "mutual", "nn", "norm", "ops", "types"]
 
 if TYPE_CHECKING:
-    from jaxlab import contrastive, kernels, moe, mutual, nn, ops, types
+    from jaxlab import contrastive, kernels, moe, mutual, nn, norm, ops, types
 
 
 def __getattr__(name: str):

@@ -38,7 +38,7 @@ def groco():
 def toml_of(**changes):
     """One row, groco, with fields changed."""
     row = next(dict(r) for r in ROWS if r["key"] == "groco") | changes
-    api = row.pop("api")
+    api, _ = row.pop("api"), row.pop("claim", None)
     lines = [f"{name} = {json.dumps(value)}" for name, value in row.items()]
     return "\n".join(
         ["[[paper]]", *lines, "[paper.api]", *(f"{json.dumps(n)} = {json.dumps(v)}" for n, v in api.items())]

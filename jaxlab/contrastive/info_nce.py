@@ -1,73 +1,149 @@
-"""InfoNCE: what many contrastive papers share."""
+"""InfoNCE and NT-Xent: tell the other view of the same example from those of other examples.
+
+Representation Learning with Contrastive Predictive Coding (2018, arXiv 1807.03748) and A Simple Framework for
+Contrastive Learning of Visual Representations (SimCLR, 2020, arXiv 2002.05709). What the family's methods stand on and
+are compared with.
+
+    InfoNCE:  -log  exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t)
+    NT-Xent:  the same between all views of all examples, each embedding but the anchor itself in the sum
+"""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.ops.collectives import axis_index, gather_rows, global_mean
+from jaxlab.ops.collectives import axis_index, gather_rows
 from jaxlab.ops.masked import compute_dtype, masked_logsumexp, safe_normalize, zero_where_false
+from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.sharding import rows_mixed
 
 
 def info_nce_loss(
-    anchors: Array,
-    positives: Array,
+    a: Array,
+    b: Array,
     *,
-    temperature: float = 0.1,
+    temperature: float | Array = 0.1,
     where: Array | None = None,
     axis_name: str | None = None,
     reduction: str = "mean",
 ) -> Array:
-    """Returns the InfoNCE loss with in-batch negatives.
+    """Returns the InfoNCE loss of telling `b[i]` from the other rows of `b`, given `a[i]`.
 
-    `l_i = -s_ii / T + log sum_j exp(s_ij / T)` with `s_ij = cos(a_i, p_j)`, j over the kept rows of all devices.
+    `mean_i [ log sum_j exp(cos(a_i, b_j) / t) - cos(a_i, b_i) / t ]`; for both directions, add that of (b, a).
 
     Args:
-        anchors: float [N, D], need not be normalised.
-        positives: float [N, D], row i belongs to anchor i.
-        temperature: T > 0.
-        where: bool [N], real rows; others are neither anchors nor negatives.
-        axis_name: mesh axis over which the rows are spread; negatives then come from all devices.
-        reduction: `mean` over the kept anchors of all devices, or `none`.
+        a: float [N, D], anchors; need not be normalised, a zero vector has cosine 0 with everything.
+        b: float [N, D], `b[i]` belongs to `a[i]`; the others are its negatives.
+        temperature: t > 0 (SimCLR's best on ImageNet is 0.1).
+        where: bool [N], real pairs; the others are neither anchors nor negatives.
+        axis_name: mapped axis over which the pairs are spread: negatives come from all shards.
+        reduction: "mean" (over all shards) or "none", `[N]`.
 
     Returns:
-        Scalar in the dtype of anchors (0 without rows), or [N] with `reduction="none"` (0 on masked rows). A row alone
-        has no negative and gives 0.
+        Scalar in the accumulation dtype (float32 for bfloat16 input), or `[N]` in the dtype of `a`. A pair without
+        negatives has loss 0; no pair gives 0.
 
     Raises:
-        ValueError: shapes differ, temperature is not positive or the reduction is unknown.
+        ValueError: shapes do not fit, temperature is not positive, or reduction is unknown.
 
     Example:
-        >>> x = jnp.eye(2)
-        >>> round(float(info_nce_loss(x, x, temperature=1.0)), 4)
-        0.3133
+        >>> x = jnp.eye(4)
+        >>> float(info_nce_loss(x, x)) < float(info_nce_loss(x, x[::-1]))
+        True
 
     Source:
-        van den Oord, Li, Vinyals, Representation Learning with Contrastive Predictive Coding, arXiv 1807.03748, eq. 4.
+        van den Oord et al., arXiv 1807.03748, eq. 4, with the cosine and temperature of Chen et al., arXiv 2002.05709.
     """
-    if anchors.ndim != 2 or anchors.shape != positives.shape:
-        raise ValueError(f"anchors and positives must both be [N, D], got {anchors.shape} and {positives.shape}")
-    if temperature <= 0:
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"a and b must have one shape [N, D], got {a.shape} and {b.shape}")
+    keep = _checked(where, a.shape[0], temperature)
+    terms = rows_mixed(_info_nce_terms)(a, b, keep, temperature=temperature, axis_name=axis_name)
+    return reduce_terms(terms, keep, reduction=reduction, axis_name=axis_name, dtype=a.dtype)
+
+
+def nt_xent_loss(
+    views: Array,
+    *,
+    temperature: float | Array = 0.1,
+    where: Array | None = None,
+    axis_name: str | None = None,
+    reduction: str = "mean",
+) -> Array:
+    """Returns SimCLR's loss between V views of B examples.
+
+    For anchor view v of example i, averaged over its positives w != v:
+    `log sum_{(u, j) != (v, i)} exp(cos(z_vi, z_uj) / t) - cos(z_vi, z_wi) / t`.
+
+    Args:
+        views: float [V, B, D], V >= 2 views of each example; need not be normalised.
+        temperature: t > 0 (0.1 is SimCLR's best on ImageNet, 0.5 on CIFAR).
+        where: bool [B], real examples.
+        axis_name: mapped axis over which the examples are spread: negatives come from all shards.
+        reduction: "mean" over anchors (of all shards) or "none", `[V, B]`.
+
+    Returns:
+        Scalar in the accumulation dtype (float32 for bfloat16 input), or `[V, B]` in the dtype of `views`. With a
+        single example and V = 2 there is nothing to tell apart, and the loss is 0; no example gives 0.
+
+    Raises:
+        ValueError: `views` is not [V >= 2, B, D], `where` does not fit, or an option is out of range.
+
+    Example:
+        >>> views = jnp.stack([jnp.eye(4), jnp.eye(4)])
+        >>> float(nt_xent_loss(views)) < float(nt_xent_loss(views.at[1].set(views[1, ::-1])))
+        True
+
+    Source:
+        Chen et al., arXiv 2002.05709, eq. 1. Reconstructed: for V > 2 the mean over positives stands outside the
+        logarithm, and the other positives remain in the sum, as in Khosla et al., arXiv 2004.11362, eq. 2.
+    """
+    if views.ndim != 3 or views.shape[0] < 2:
+        raise ValueError(f"views must be [V, B, D] with V >= 2 views, got {views.shape}")
+    keep = _checked(where, views.shape[1], temperature)
+    terms = rows_mixed(_nt_xent_terms)(views, keep, temperature=temperature, axis_name=axis_name)
+    anchors = jnp.broadcast_to(keep[None, :], terms.shape)
+    return reduce_terms(terms, anchors, reduction=reduction, axis_name=axis_name, dtype=views.dtype)
+
+
+def _checked(where: Array | None, rows: int, temperature: float | Array) -> Array:
+    if isinstance(temperature, int | float) and not temperature > 0:  # a learnt one is an array, known later
         raise ValueError(f"temperature={temperature} must be positive")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'none'")
-    if where is not None and where.shape != anchors.shape[:1]:
-        raise ValueError(f"where must have shape {anchors.shape[:1]}, got {where.shape}")
-    keep = jnp.ones(anchors.shape[0], bool) if where is None else where
+    if where is not None and where.shape != (rows,):
+        raise ValueError(f"where has shape {where.shape}, expected ({rows},)")
+    return jnp.ones(rows, bool) if where is None else where
 
-    def terms(anchors, positives, keep):
-        dtype = compute_dtype(anchors, positives)
-        a, p = (safe_normalize(zero_where_false(x, keep).astype(dtype)) for x in (anchors, positives))
-        everyone, kept = gather_rows(p, axis_name), gather_rows(keep, axis_name)
-        scores = a @ everyone.T / temperature
-        own = axis_index(axis_name) * a.shape[0] + jnp.arange(a.shape[0])
-        # The anchor's own column always counts, so that a masked row has a finite value before it is dropped.
-        columns = kept[None, :] | (own[:, None] == jnp.arange(everyone.shape[0])[None, :])
-        positive = jnp.sum(a * p, axis=-1) / temperature
-        return zero_where_false(masked_logsumexp(scores, columns) - positive, keep)
 
-    losses = rows_mixed(terms)(anchors, positives, keep)
-    if reduction == "none":
-        return losses.astype(anchors.dtype)
-    return global_mean(losses, keep, axis_name=axis_name).astype(anchors.dtype)
+def _unit(x: Array, keep: Array) -> Array:
+    return safe_normalize(zero_where_false(x, keep).astype(compute_dtype(x)))
+
+
+def _info_nce_terms(a, b, keep, *, temperature, axis_name):
+    a, b = _unit(a, keep), _unit(b, keep)
+    others, exist = gather_rows(b, axis_name), gather_rows(keep, axis_name)
+    logits = jnp.matmul(a, others.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    # An anchor's own pair always stands in the sum, so that the masked anchors, too, have a finite logarithm.
+    own = _own_columns(a.shape[0], others.shape[0], axis_name)
+    positive = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
+    return masked_logsumexp(logits, own | exist[None, :]) - positive
+
+
+def _nt_xent_terms(views, keep, *, temperature, axis_name):
+    num_views, rows, _ = views.shape
+    unit = _unit(jnp.moveaxis(views, 1, 0), keep)
+    others, exist = gather_rows(unit, axis_name), gather_rows(keep, axis_name)
+    total = others.shape[0]
+    logits = jnp.einsum("ivd,jud->viuj", unit, others, precision=jax.lax.Precision.HIGHEST) / temperature
+    example = _own_columns(rows, total, axis_name)[None, :, None, :]
+    view = jnp.eye(num_views, dtype=bool)[:, None, :, None]
+    positive = example & jnp.logical_not(view)
+    counted = positive | (jnp.logical_not(example) & exist[None, None, None, :])
+    flat = (num_views, rows, num_views * total)
+    log_sum = masked_logsumexp(logits.reshape(flat), jnp.broadcast_to(counted, logits.shape).reshape(flat))
+    return log_sum - jnp.sum(jnp.where(positive, logits, 0.0), axis=(2, 3)) / (num_views - 1)
+
+
+def _own_columns(rows: int, total: int, axis_name: str | None) -> Array:
+    """Returns bool [rows, total]: which of the gathered columns is the row itself."""
+    return (axis_index(axis_name) * rows + jnp.arange(rows))[:, None] == jnp.arange(total)[None, :]

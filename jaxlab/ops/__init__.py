@@ -20,7 +20,10 @@ from jaxlab.ops.masked import (
     safe_normalize,
     zero_where_false,
 )
+from jaxlab.ops.neighbours import weighted_knn
+from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.sharding import rows_mixed
+from jaxlab.ops.sorting import odd_even_sort
 from jaxlab.ops.trees import ema_update, tree_lerp, tree_norm
 
 __all__ = [
@@ -37,11 +40,14 @@ __all__ = [
     "masked_softmax",
     "masked_sum",
     "match_varying",
+    "odd_even_sort",
+    "reduce_terms",
     "rows_mixed",
     "safe_divide",
     "safe_normalize",
     "tree_lerp",
     "tree_norm",
     "value_and_grad",
+    "weighted_knn",
     "zero_where_false",
 ]

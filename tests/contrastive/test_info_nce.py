@@ -1,64 +1,101 @@
-"""InfoNCE against a float64 loop."""
+"""InfoNCE and NT-Xent against loops over pairs."""
 
 import conformance
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import Arg, Case
 
-from jaxlab import contrastive
+from jaxlab.contrastive import info_nce_loss, nt_xent_loss
 
 rng = np.random.default_rng(0)
 
 
-def oracle(a, p, temperature, where):
-    losses = []
-    for i in range(len(a)):
-        if not where[i]:
-            losses.append(0.0)
-            continue
-        cos = [a[i] @ p[j] / np.linalg.norm(a[i]) / np.linalg.norm(p[j]) for j in range(len(p)) if where[j]]
-        own = a[i] @ p[i] / np.linalg.norm(a[i]) / np.linalg.norm(p[i])
-        losses.append(np.log(np.sum(np.exp(np.array(cos) / temperature))) - own / temperature)
-    return np.array(losses)
+def cosine(a, b):
+    return float(a @ b) / np.sqrt(float(a @ a)) / np.sqrt(float(b @ b))
 
 
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_equals_the_loop(temperature):
-    a, p = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
-    where = np.array([1, 1, 0, 1, 1, 0], bool)
-    losses = oracle(a, p, temperature, where)
-    args = (jnp.float32(a), jnp.float32(p))
-    each = contrastive.info_nce_loss(*args, temperature=temperature, where=where, reduction="none")
-    np.testing.assert_allclose(each, losses, rtol=2e-5, atol=2e-5)
-    mean = contrastive.info_nce_loss(*args, temperature=temperature, where=where)
-    np.testing.assert_allclose(mean, losses[where].mean(), rtol=2e-5)
+def info_nce_oracle(a, b, temperature, where):
+    terms = np.zeros(len(a))
+    for i in np.flatnonzero(where):
+        total = sum(np.exp(cosine(a[i], b[j]) / temperature) for j in np.flatnonzero(where))
+        terms[i] = np.log(total) - cosine(a[i], b[i]) / temperature
+    return terms
 
 
-def test_one_row_has_no_negative():
-    x = jnp.ones((1, 3))
-    assert abs(float(contrastive.info_nce_loss(x, x))) < 1e-6
+def nt_xent_oracle(views, temperature, where):
+    num_views, rows = views.shape[:2]
+    terms = np.zeros((num_views, rows))
+    everyone = [(u, j) for u in range(num_views) for j in np.flatnonzero(where)]
+    for v, i in everyone:
+        total = sum(np.exp(cosine(views[v, i], views[o]) / temperature) for o in everyone if o != (v, i))
+        terms[v, i] = np.mean(
+            [np.log(total) - cosine(views[v, i], views[w, i]) / temperature for w in range(num_views) if w != v]
+        )
+    return terms
+
+
+def test_info_nce_equals_the_loop():
+    a, b, where = rng.normal(size=(6, 4)), rng.normal(size=(6, 4)), np.array([1, 1, 0, 1, 1, 0], bool)
+    for keep in (where, np.ones(6, bool)):
+        expected = info_nce_oracle(a, b, 0.3, keep)
+        got = info_nce_loss(jnp.float32(a), jnp.float32(b), temperature=0.3, where=keep, reduction="none")
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        mean = info_nce_loss(jnp.float32(a), jnp.float32(b), temperature=0.3, where=keep)
+        np.testing.assert_allclose(mean, expected.sum() / keep.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_views", [2, 3])
+def test_nt_xent_equals_the_loop(num_views):
+    views, where = rng.normal(size=(num_views, 5, 4)), np.array([1, 1, 0, 1, 1], bool)
+    expected = nt_xent_oracle(views, 0.5, where)
+    got = nt_xent_loss(jnp.float32(views), temperature=0.5, where=where, reduction="none")
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pair_without_negatives_has_loss_zero_and_no_gradient():
+    x = jnp.float32(rng.normal(size=(1, 4)))
+    value, grad = jax.jit(jax.value_and_grad(info_nce_loss))(x, -x)
+    assert value == 0 and not np.any(grad)
+    value, grad = jax.jit(jax.value_and_grad(nt_xent_loss))(jnp.stack([x, -x]))
+    assert value == 0 and not np.any(grad)
+
+
+def test_lengths_do_not_matter_and_random_pairs_cost_the_logarithm_of_their_number():
+    a, b = jnp.float32(rng.normal(size=(2, 64, 512)))
+    scale = jnp.float32(rng.uniform(0.1, 9, (64, 1)))
+    np.testing.assert_allclose(info_nce_loss(a, b), info_nce_loss(a * scale, b), rtol=1e-5)
+    np.testing.assert_allclose(info_nce_loss(a, b, temperature=1.0), np.log(64), rtol=0.01)
 
 
 def test_refuses():
-    x = jnp.ones((2, 3))
-    for args, options, message in (
-        ((x, x[:1]), {}, "must both be"),
-        ((x, x), {"temperature": 0.0}, "temperature=0.0"),
-        ((x, x), {"reduction": "sum"}, "reduction='sum'"),
-        ((x, x), {"where": jnp.ones(3, bool)}, "where must have shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            contrastive.info_nce_loss(*args, **options)
+    with pytest.raises(ValueError, match=r"one shape \[N, D\]"):
+        info_nce_loss(jnp.ones((2, 3)), jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match="temperature=0"):
+        info_nce_loss(jnp.ones((2, 3)), jnp.ones((2, 3)), temperature=0)
+    with pytest.raises(ValueError, match="where has shape"):
+        info_nce_loss(jnp.ones((2, 3)), jnp.ones((2, 3)), where=jnp.ones(3, bool))
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        info_nce_loss(jnp.ones((2, 3)), jnp.ones((2, 3)), reduction="sum")
+    with pytest.raises(ValueError, match="V >= 2"):
+        nt_xent_loss(jnp.ones((1, 2, 3)))
 
 
 CASES = [
     Case(
-        contrastive.info_nce_loss,
-        {"anchors": Arg("embeddings", (6, 4)), "positives": Arg("embeddings", (6, 4)), "where": Arg("where", (6,))},
-        wrt=("anchors", "positives"),
-        rows={"anchors": 0, "positives": 0, "where": 0},
+        info_nce_loss,
+        {"a": Arg("embeddings", (6, 4)), "b": Arg("embeddings", (6, 4)), "where": Arg("where", (6,))},
+        wrt=("a", "b"),
+        rows={"a": 0, "b": 0, "where": 0},
         symmetry="invariant",
-    )
+    ),
+    Case(
+        nt_xent_loss,
+        {"views": Arg("embeddings", (3, 6, 4)), "where": Arg("where", (6,))},
+        wrt=("views",),
+        rows={"views": 1, "where": 0},
+        symmetry="invariant",
+    ),
 ]
 test_conformance = conformance.conformance_tests(CASES)
