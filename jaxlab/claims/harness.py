@@ -255,6 +255,18 @@ def record(paper: catalog.Paper, result: Mapping[str, Any], *, directory: Path |
     return path
 
 
+def load_record(paper: catalog.Paper) -> dict[str, Any]:
+    """Returns the recorded result of a claim.
+
+    Raises:
+        LookupError: none is recorded.
+    """
+    path = Path(__file__).parent / paper.family / f"{paper.key}.json"
+    if not path.exists():
+        raise LookupError(f"no claim of {paper.key} is recorded: jaxlab claim {paper.key} --record")
+    return json.loads(path.read_text())
+
+
 def command(args) -> int:
     """Carries out `jaxlab claim`: progress on stderr, results on stdout; 1 if a claim raised or is invalid."""
     if args.keys:
