@@ -1,4 +1,4 @@
-"""Layer normalisation and its relatives against float64 loops; the paper's table of invariances; recurrent cells."""
+"""Layer, batch and weight normalisation: loops, the closed-form gradient, and the paper's table of invariances."""
 
 import conformance
 import jax
@@ -6,203 +6,289 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import Arg, Case
+from jax.sharding import PartitionSpec as P
 
 from jaxlab import norm
 
 rng = np.random.default_rng(0)
-X = rng.normal(size=(5, 6))
-GAIN, BIAS = rng.normal(size=6), rng.normal(size=6)
 
 
-def oracle(x, gain=None, bias=None, eps=1e-5, keep=None, centre=True):
-    """Row by row, feature by feature."""
-    y = np.zeros(x.shape)
+def oracle(x, gain, bias, eps, where=None, centre=True):
+    """One example after the other, float64."""
+    result = np.zeros_like(x)
     for i, row in enumerate(x):
-        live = [j for j in range(len(row)) if keep is None or keep[i, j]]
-        if not live:
+        kept = range(len(row)) if where is None else np.flatnonzero(where[i])
+        if len(kept) == 0:
             continue
-        mean = sum(row[j] for j in live) / len(live) if centre else 0.0
-        var = sum((row[j] - mean) ** 2 for j in live) / len(live)
-        for j in live:
-            unit = (row[j] - mean) / np.sqrt(var + eps)
-            y[i, j] = unit * (1 if gain is None else gain[j]) + (0 if bias is None else bias[j])
-    return y
-
-
-def test_equals_the_loop():
-    x = jnp.float32(X)
-    np.testing.assert_allclose(norm.layer_norm(x), oracle(X), atol=2e-6)
-    got = norm.layer_norm(x, jnp.float32(GAIN), jnp.float32(BIAS), eps=1e-3)
-    np.testing.assert_allclose(got, oracle(X, GAIN, BIAS, 1e-3), atol=2e-6)
-    got = norm.rms_norm(x, jnp.float32(GAIN))
-    np.testing.assert_allclose(got, oracle(X, GAIN, eps=1e-6, centre=False), atol=2e-6)
-    swapped = norm.layer_norm(jnp.swapaxes(x, 0, 1), axis=0)
-    np.testing.assert_allclose(swapped, oracle(X).T, atol=2e-6)
-    both = norm.layer_norm(x[None], axis=(1, 2))[0]
-    np.testing.assert_allclose(both, oracle(X.reshape(1, -1)).reshape(X.shape), atol=2e-6)
-
-
-def test_masked_features_do_not_exist():
-    keep = rng.random((5, 6)) > 0.4
-    keep[3] = False
-    dirty = jnp.float32(np.where(keep, X, np.nan))
-    y, pull = jax.vjp(lambda x: norm.layer_norm(x, where=keep), dirty)
-    np.testing.assert_allclose(y, oracle(X, keep=keep), atol=2e-6)
-    (grad,) = pull(jnp.full((5, 6), jnp.nan, jnp.float32).at[jnp.array(keep)].set(1.5))
-    assert np.all(np.isfinite(grad)) and not np.any(np.asarray(grad)[~keep])
-
-
-def test_closed_form_gradient_equals_differences_and_is_orthogonal():
-    with jax.enable_x64(True):
-        c = rng.normal(size=X.shape)
-        loss = lambda x, g, b: jnp.sum(norm.layer_norm(x, g, b) * c)
-        dx, dg, db = jax.grad(loss, argnums=(0, 1, 2))(X, GAIN, BIAS)
-        f = lambda x, g, b: np.sum(oracle(x, g, b) * c)
-        for i, grad in enumerate((dx, dg, db)):
-            args = [X, GAIN, BIAS]
-            d = rng.normal(size=args[i].shape)
-            plus, minus = ([a + s * 1e-6 * d if j == i else a for j, a in enumerate(args)] for s in (1, -1))
-            np.testing.assert_allclose(np.sum(np.asarray(grad) * d), (f(*plus) - f(*minus)) / 2e-6, rtol=1e-6)
-        np.testing.assert_allclose(np.sum(dx, axis=1), 0, atol=1e-12)
-        exact = jax.grad(lambda x: jnp.sum(norm.layer_norm(x, eps=0.0) * c))(X)
-        np.testing.assert_allclose(np.sum(np.asarray(exact) * oracle(X, eps=0.0), axis=1), 0, atol=1e-12)
-
-
-def test_table_of_invariances():
-    """Rows: what is rescaled or recentred; layer, batch and weight normalisation of x w."""
-    with jax.enable_x64(True):
-        x, w, gain = rng.normal(size=(7, 4)), rng.normal(size=(4, 6)), rng.uniform(1, 2, size=6)
-        layer = lambda x, w: norm.layer_norm(x @ w, gain, eps=0.0)
-        net = norm.batch_norm(eps=0.0)
-        params, state = net.init(None, 6)
-        batch = lambda x, w: net.apply(params, state, x @ w, train=True)[0]
-        weight = lambda x, w: x @ norm.weight_norm(jnp.asarray(w), jnp.asarray(gain))
-        changes = {
-            "weight matrix scaled": (x, 3.0 * w, (True, True, True)),
-            "weight matrix recentred": (x, w + rng.normal(size=(4, 1)), (True, False, False)),
-            "one weight vector scaled": (x, w * np.array([5.0, 1, 1, 1, 1, 1]), (False, True, True)),
-            "data set scaled": (2.0 * x, w, (True, True, False)),
-            "data set recentred": (x + rng.normal(size=(1, 4)), w, (False, True, False)),
-            "one example scaled": (x * np.array([4.0, 1, 1, 1, 1, 1, 1])[:, None], w, (True, False, False)),
-        }
-        for name, (x2, w2, invariant) in changes.items():
-            for f, same in zip((layer, batch, weight), invariant, strict=True):
-                difference = np.abs(np.asarray(f(x, w)) - np.asarray(f(x2, w2))).max()
-                assert (difference < 1e-10) == same, (name, difference)
-
-
-def test_edges():
-    assert norm.layer_norm(jnp.full((2, 3), 7.0), bias=jnp.array([1.0, 2.0, 3.0]), eps=0.0).tolist() == [[1, 2, 3]] * 2
-    assert norm.layer_norm(jnp.array([[4.0]]), bias=jnp.array([5.0])).tolist() == [[5.0]]
-    assert norm.weight_norm(jnp.zeros((3, 2)), jnp.ones(2)).tolist() == [[0.0, 0.0]] * 3
-    for options, message in (
-        ({"axis": 2}, "axis=2"),
-        ({"eps": -1.0}, "eps=-1.0"),
-        ({"gain": jnp.ones(4)}, "gain has shape"),
-        ({"where": jnp.ones(4, bool)}, "where has shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            norm.layer_norm(jnp.ones((2, 3)), **options)
-
-
-def test_batch_norm_statistics_masks_and_axis():
-    net = norm.batch_norm(momentum=0.8)
-    params, state = net.init(None, 6)
-    keep = np.array([1, 1, 0, 1, 1], bool)
-    dirty = jnp.float32(np.where(keep[:, None], X, np.nan))
-    y, new = net.apply(params, state, dirty, where=keep, train=True)
-    kept = X[keep]
-    expected = (kept - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5)
-    np.testing.assert_allclose(np.asarray(y)[keep], expected, atol=1e-5)
-    np.testing.assert_allclose(new["mean"], 0.2 * kept.mean(0), atol=1e-6)
-    np.testing.assert_allclose(new["var"], 0.8 + 0.2 * kept.var(0), atol=1e-6)
-    same, after = net.apply(params, new, jnp.float32(X))
-    mean, var = np.asarray(new["mean"]), np.asarray(new["var"])
-    np.testing.assert_allclose(same, (X - mean) / np.sqrt(var + 1e-5), atol=1e-5)
-    assert after is new
-    spread = norm.batch_norm(axis_name="data")
-    x = jnp.float32(rng.normal(size=(4, 3, 6)))
-    whole = norm.batch_norm().apply(params, state, x.reshape(-1, 6), train=True)
-    parts = jax.vmap(lambda x: spread.apply(params, state, x, train=True), axis_name="data")(x)
-    np.testing.assert_allclose(parts[0].reshape(-1, 6), whole[0], atol=2e-5)
-    np.testing.assert_allclose(parts[1]["var"][2], whole[1]["var"], rtol=1e-5)
+        mean = sum(row[j] for j in kept) / len(kept) if centre else 0.0
+        var = sum((row[j] - mean) ** 2 for j in kept) / len(kept)
+        for j in kept:
+            result[i, j] = gain[j] * (row[j] - mean) / np.sqrt(var + eps) + bias[j]
+    return result
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def test_recurrent_cells_equal_their_formulas():
-    x, h, c = (rng.normal(size=s) for s in ((3, 4), (3, 5), (3, 5)))
-    as64 = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
-    ln = lambda a, p: oracle(a, p["gain"], p["bias"])
-    args = (jnp.float32(x), jnp.float32(h))
+def test_equals_the_loop_and_the_closed_form_gradient_equals_autodiff():
+    x, gain, bias, weights = rng.normal(size=(5, 7)) * 3 + 1, *rng.normal(size=(2, 7)), rng.normal(size=(5, 7))
+    where = rng.random((5, 7)) > 0.3
+    where[2] = False
+    dirty = np.where(where, x, np.nan)
 
-    cell = norm.ln_rnn_cell(5)
-    p = cell.init(jax.random.key(0), 4)
-    w = as64(p)
-    expected = np.tanh(ln(h @ w["w_h"] + x @ w["w_x"], w["norm"]))
-    np.testing.assert_allclose(cell.apply(p, *args), expected, atol=1e-5)
+    def plain(x, gain, bias):
+        count = jnp.maximum(where.sum(1, keepdims=True), 1)
+        x = jnp.where(where, x, 0.0)
+        centred = jnp.where(where, x - x.sum(1, keepdims=True) / count, 0.0)
+        y = centred / jnp.sqrt((centred**2).sum(1, keepdims=True) / count + 1e-3) * gain[None] + bias[None]
+        return jnp.sum(jnp.where(where, y, 0.0) * weights)
 
-    for make, state in ((norm.ln_lstm_cell, (args[1], jnp.float32(c))), (norm.ln_gru_cell, args[1])):
-        cell = make(5)
-        p = cell.init(jax.random.key(1), 4)
-        out = cell.apply(p, args[0], state)
-        # Scaling a product before its own normalisation changes nothing: each one has statistics of its own.
-        scaled = {**p, "w_x": p["w_x"] * 3.0}
-        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(cell.apply(scaled, args[0], state)), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-3)
-        for a in jax.tree.leaves(out):
-            assert a.shape == (3, 5) and np.all(np.isfinite(a))
+    def ours(x, gain, bias):
+        y = norm.layer_norm(x, gain, bias, eps=1e-3, where=where)
+        return jnp.sum(y * weights), y
 
-
-def lstm(x, h, c):
-    return CELLS["lstm"][0].apply(cast(CELLS["lstm"][1], x), x, (h, c))
-
-
-def gru(x, h):
-    return CELLS["gru"][0].apply(cast(CELLS["gru"][1], x), x, h)
+    with jax.enable_x64(True):
+        run = jax.jit(
+            lambda *a: (jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(*a), jax.grad(plain, (0, 1, 2))(*a))
+        )
+        ((_, y), grads), expected = run(dirty, gain, bias)
+        np.testing.assert_allclose(y, oracle(x, gain, bias, 1e-3, where), rtol=1e-12, atol=1e-12)
+        for got, wanted in zip(grads, expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-12)
+        assert not np.any(np.asarray(grads[0])[~where])
+        rms = norm.rms_norm(dirty, gain, eps=1e-3, where=where)
+        np.testing.assert_allclose(rms, oracle(x, gain, np.zeros(7), 1e-3, where, centre=False), rtol=1e-12, atol=1e-12)
 
 
-def rnn(x, h):
-    return CELLS["rnn"][0].apply(cast(CELLS["rnn"][1], x), x, h)
+def test_moments_and_the_directions_without_gradient():
+    x = np.float32(rng.normal(size=(4, 9)) * 5 + 100)
+    y, pull = jax.vjp(lambda x: norm.layer_norm(x, eps=0.0), x)
+    np.testing.assert_allclose(y.mean(1), 0, atol=1e-5)
+    np.testing.assert_allclose(y.var(1), 1, rtol=1e-4)
+    (dx,) = pull(jnp.float32(rng.normal(size=x.shape)))
+    np.testing.assert_allclose(dx.sum(1), 0, atol=1e-5)  # a shift of x changes nothing
+    np.testing.assert_allclose((dx * y).sum(1), 0, atol=1e-5)  # nor does its scale
 
 
-def batch_norm(x, *, where=None, axis_name=None):
-    layer = norm.batch_norm(axis_name=axis_name)
-    params, state = {"gain": jnp.ones(4), "bias": jnp.zeros(4)}, {"mean": jnp.zeros(4), "var": jnp.ones(4)}
-    return layer.apply(cast(params, x), state, x, where=where, train=True)[0]
+def test_axes_and_degenerate_inputs():
+    x = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    gain = rng.normal(size=(4, 5)).astype(np.float32)
+    flat = norm.layer_norm(x.reshape(3, 20), gain.reshape(20))
+    np.testing.assert_allclose(norm.layer_norm(x, gain, axis=(-1, 1)).reshape(3, 20), flat, atol=1e-5)
+    for eps in (0.0, 1e-5):  # a constant input, and a single feature, give the bias
+        value, grad = jax.value_and_grad(lambda x, e=eps: norm.layer_norm(x, None, jnp.full(3, 2.0), eps=e).sum())(
+            jnp.full((2, 3), 7.0)
+        )
+        assert value == 12 and not np.any(grad)
+    assert norm.layer_norm(jnp.array([[5.0]]), jnp.array([3.0]), jnp.array([2.0])).tolist() == [[2.0]]
 
 
-def cast(params, x):
-    return jax.tree.map(lambda a: jnp.asarray(a, x.dtype), params)
+@pytest.mark.parametrize("shift", [0, 4096])
+def test_bfloat16_statistics_are_taken_in_float32(shift):
+    x = jnp.asarray(rng.normal(size=(2, 512)) * 64 + shift, jnp.bfloat16)
+    got = np.asarray(norm.layer_norm(x), np.float64)
+    exact = oracle(np.asarray(x, np.float64), np.ones(512), np.zeros(512), 1e-5)
+    np.testing.assert_allclose(got, exact, rtol=2**-8, atol=1e-4)
 
 
-CELLS = {
-    name: (cell := make(5), jax.tree.map(np.asarray, cell.init(jax.random.key(2), 4)))
-    for name, make in (("rnn", norm.ln_rnn_cell), ("lstm", norm.ln_lstm_cell), ("gru", norm.ln_gru_cell))
+def layer(kind, x, w, gain):
+    """The summed inputs x w of one layer, normalised in one of the three ways, eps = 0."""
+    if kind == "weight":
+        return x @ norm.weight_norm(w, gain)
+    if kind == "layer":
+        return norm.layer_norm(x @ w, gain, eps=0.0)
+    net = norm.batch_norm(eps=0.0)
+    _, state = net.init(jax.random.key(0), w.shape[1])
+    return net.apply({"gain": gain, "bias": jnp.zeros_like(gain)}, state, x @ w, train=True)[0]
+
+
+# Table 1 of the paper: to which change of weights or data the output of each normalisation is invariant.
+CHANGES = ("matrix scale", "matrix shift", "vector scale", "data scale", "data shift", "case scale")
+INVARIANT = {
+    "batch": (True, False, True, True, True, False),
+    "weight": (True, False, True, False, False, False),
+    "layer": (True, True, False, True, False, True),
 }
-FEATURES = {"x": Arg("activations", (6, 4)), "gain": Arg("activations", (4,)), "bias": Arg("activations", (4,))}
-STATE = {"x": Arg("activations", (6, 4)), "h": Arg("activations", (6, 5))}
+
+
+@pytest.mark.parametrize("kind", INVARIANT)
+def test_table_of_invariances(kind):
+    x, w, gain = rng.normal(size=(6, 5)), rng.normal(size=(5, 4)), rng.normal(size=4)
+    vector, case = np.ones((1, 4)), np.ones((6, 1))
+    vector[0, 1], case[2, 0] = 3.0, 3.0
+    changed = {
+        "matrix scale": (x, w * 2.5),
+        "matrix shift": (x, w + rng.normal(size=(5, 1))),  # the same vector added to the weights of every unit
+        "vector scale": (x, w * vector),
+        "data scale": (x * 2.5, w),
+        "data shift": (x + rng.normal(size=(1, 5)), w),
+        "case scale": (x * case, w),
+    }
+    with jax.enable_x64(True):
+        run = jax.jit(lambda x, w: layer(kind, x, w, jnp.asarray(gain)))
+        before = run(x, w)
+        for change, invariant in zip(CHANGES, INVARIANT[kind], strict=True):
+            same = np.allclose(run(*changed[change]), before, rtol=1e-9, atol=1e-9)
+            assert same == invariant, f"{kind} normalisation, {change}: invariant {same}"
+
+
+def test_batch_norm_equals_the_loop_in_training_and_test_and_on_a_mesh():
+    net = norm.batch_norm(momentum=0.8)
+    x, where = rng.normal(size=(16, 3)) * 2 + 1, np.arange(16) < 13
+    params = {"gain": jnp.float32(rng.normal(size=3)), "bias": jnp.float32(rng.normal(size=3))}
+    _, state = net.init(jax.random.key(0), 3)
+    dirty = jnp.float32(np.where(where[:, None], x, np.nan))
+    gain, bias = (np.asarray(params[n], np.float64) for n in ("gain", "bias"))
+    expected = oracle(x[:13].T, np.ones(13), np.zeros(13), 1e-5).T * gain + bias
+    running = {"mean": 0.2 * x[:13].mean(0), "var": 0.8 + 0.2 * x[:13].var(0)}
+
+    def run(net, x, where):
+        def total(x):
+            y, new = net.apply(params, state, x, where=where, train=True)
+            return jnp.sum(y**3), (y, new)
+
+        grad, out = jax.grad(total, has_aux=True)(x)
+        return out, grad
+
+    (y, new), grad = jax.jit(lambda x: run(net, x, where))(dirty)
+    np.testing.assert_allclose(y[:13], expected, atol=2e-5)
+    assert not np.any(y[13:]) and not np.any(grad[13:]) and np.all(np.isfinite(grad))
+    for name in running:
+        np.testing.assert_allclose(new[name], running[name], rtol=1e-5)
+    y, same = net.apply(params, new, jnp.float32(x), train=False)
+    np.testing.assert_allclose(
+        y, (x - running["mean"]) / np.sqrt(running["var"] + 1e-5) * gain + bias, rtol=1e-4, atol=1e-5
+    )
+    assert same is new
+    _, kept = net.apply(params, new, dirty, where=np.zeros(16, bool), train=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept, new)
+
+    spread = norm.batch_norm(momentum=0.8, axis_name="data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(x, form):
+        y, state = form(x)
+        return jnp.sum(y**3), (y, state)
+
+    mapped = jax.shard_map(
+        lambda x, w: spread.apply(params, state, x, where=w, train=True),
+        mesh=mesh,
+        in_specs=(P("data"), P("data")),
+        out_specs=(P("data"), P()),
+    )
+    grad8, (y8, new8) = jax.jit(jax.grad(lambda x: loss(x, lambda x: mapped(x, jnp.asarray(where))), has_aux=True))(
+        dirty
+    )
+    np.testing.assert_allclose(y8[:13], expected, atol=2e-5)
+    np.testing.assert_allclose(grad8, grad, rtol=1e-4, atol=1e-4)
+    for name in running:
+        np.testing.assert_allclose(new8[name], running[name], rtol=1e-5)
+
+
+def test_cells_equal_their_equations():
+    x, h, c = rng.normal(size=(3, 2)), rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    ln = lambda a, p: oracle(a, p["gain"], p["bias"], 1e-5)
+    noisy = lambda tree: jax.tree.map(lambda a: np.asarray(a + rng.normal(size=a.shape) * 0.3, np.float64), tree)
+    single = lambda tree: jax.tree.map(jnp.float32, tree)
+
+    cell = norm.ln_rnn_cell(4)
+    p = noisy(cell.init(jax.random.key(0), 2))
+    got = jax.jit(cell.apply)(single(p), jnp.float32(x), jnp.float32(h))
+    np.testing.assert_allclose(got, np.tanh(ln(h @ p["w_h"] + x @ p["w_x"], p["norm"])), atol=1e-5)
+
+    cell = norm.ln_lstm_cell(4)
+    p = noisy(cell.init(jax.random.key(1), 2))
+    sums = ln(h @ p["w_h"], p["norm_h"]) + ln(x @ p["w_x"], p["norm_x"]) + p["b"]
+    f, i, o, u = sums[:, :4], sums[:, 4:8], sums[:, 8:12], sums[:, 12:]
+    new_c = sigmoid(f) * c + sigmoid(i) * np.tanh(u)
+    new_h = sigmoid(o) * np.tanh(ln(new_c, p["norm_c"]))
+    got = jax.jit(cell.apply)(single(p), jnp.float32(x), (jnp.float32(h), jnp.float32(c)))
+    np.testing.assert_allclose(got[0], new_h, atol=1e-5)
+    np.testing.assert_allclose(got[1], new_c, atol=1e-5)
+
+    cell = norm.ln_gru_cell(4)
+    p = noisy(cell.init(jax.random.key(2), 2))
+    gates = ln((h @ p["w_h"])[:, :8], p["norm_h_gates"]) + ln((x @ p["w_x"])[:, :8], p["norm_x_gates"])
+    z, r = sigmoid(gates[:, :4]), sigmoid(gates[:, 4:])
+    new = np.tanh(ln((x @ p["w_x"])[:, 8:], p["norm_x_update"]) + r * ln((h @ p["w_h"])[:, 8:], p["norm_h_update"]))
+    got = jax.jit(cell.apply)(single(p), jnp.float32(x), jnp.float32(h))
+    np.testing.assert_allclose(got, (1 - z) * h + z * new, atol=1e-5)
+
+
+def test_refuses():
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="axis=2 must name"):
+        norm.layer_norm(x, axis=2)
+    with pytest.raises(ValueError, match="gain has shape"):
+        norm.layer_norm(x, jnp.ones(2))
+    with pytest.raises(ValueError, match="where has shape"):
+        norm.rms_norm(x, where=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match="eps=-1"):
+        norm.layer_norm(x, eps=-1)
+    with pytest.raises(ValueError, match="momentum=2"):
+        norm.batch_norm(momentum=2)
+    with pytest.raises(ValueError, match="without axis 0"):
+        norm.weight_norm(x, jnp.ones(2))
+    with pytest.raises(ValueError, match="hidden=0"):
+        norm.ln_rnn_cell(0)
+    with pytest.raises(ValueError, match="the state has shape"):
+        cell = norm.ln_gru_cell(4)
+        cell.apply(cell.init(jax.random.key(0), 3), x, jnp.ones((2, 5)))
+
+
+def cell_case(make, state):
+    """A cell as a function of named arrays, at fixed parameters."""
+    params = make(3).init(jax.random.key(0), 4)
+
+    def step(x, h, c=None):
+        p = jax.tree.map(lambda a: a.astype(x.dtype), params)
+        return make(3).apply(p, x, h if c is None else (h, c))
+
+    step.__name__ = make.__name__
+    args = {"x": Arg("activations", (6, 4)), **{n: Arg("activations", (6, 3)) for n in state}}
+    return Case(step, args, wrt=("x", *state), rows=dict.fromkeys(args, 0), symmetry="equivariant", helper=True)
+
+
+def batch_norm_case(x, where, axis_name=None):
+    params = {"gain": jnp.ones(4, x.dtype), "bias": jnp.zeros(4, x.dtype)}
+    state = {"mean": jnp.zeros(4, x.dtype), "var": jnp.ones(4, x.dtype)}
+    layer = norm.batch_norm(axis_name=axis_name)
+    return layer.apply(params, state, x, where=where, train=True)[0]
+
+
+FEATURES = {"gain": Arg("scores", (6,)), "bias": Arg("scores", (6,)), "where": Arg("where", (6,))}
 CASES = [
-    Case(norm.layer_norm, FEATURES, wrt=("x", "gain", "bias"), rows={"x": 0}, symmetry="equivariant"),
     Case(
-        norm.rms_norm, {n: FEATURES[n] for n in ("x", "gain")}, wrt=("x", "gain"), rows={"x": 0}, symmetry="equivariant"
+        norm.layer_norm,
+        {"x": Arg("activations", (6, 4)), **FEATURES},
+        static={"axis": 0},
+        wrt=("x", "gain", "bias"),
+        rows={"x": 0, "gain": 0, "bias": 0, "where": 0},  # the rows are the masked features
+        symmetry="equivariant",
     ),
+    Case(norm.layer_norm, {"x": Arg("activations", (6, 4))}, wrt=("x",), rows={"x": 0}, symmetry="equivariant",
+         name="layer_norm of rows", helper=True),
     Case(
-        norm.weight_norm,
-        {"v": Arg("activations", (3, 4)), "gain": Arg("activations", (4,))},
-        wrt=("v", "gain"),
+        norm.rms_norm,
+        {"x": Arg("activations", (6, 4)), **{n: FEATURES[n] for n in ("gain", "where")}},
+        static={"axis": 0},
+        wrt=("x", "gain"),
+        rows={"x": 0, "gain": 0, "where": 0},
+        symmetry="equivariant",
     ),
+    Case(norm.weight_norm, {"v": Arg("activations", (5, 4)), "gain": Arg("scores", (4,))}, wrt=("v", "gain"),
+         helper=True),
     Case(
-        batch_norm,
+        batch_norm_case,
         {"x": Arg("activations", (6, 4)), "where": Arg("where", (6,))},
         wrt=("x",),
         rows={"x": 0, "where": 0},
         symmetry="equivariant",
+        name="batch_norm",
     ),
-    Case(rnn, STATE, helper=True),
-    Case(gru, STATE, helper=True),
-    Case(lstm, {**STATE, "c": Arg("activations", (6, 5))}, helper=True),
-]
+    cell_case(norm.ln_rnn_cell, ("h",)),
+    cell_case(norm.ln_lstm_cell, ("h", "c")),
+    cell_case(norm.ln_gru_cell, ("h",)),
+]  # fmt: skip
 test_conformance = conformance.conformance_tests(CASES)

@@ -1,0 +1,51 @@
+"""Every public name is documented, and every example in a docstring runs."""
+
+import doctest
+import importlib
+import inspect
+import sys
+
+import jax
+import pytest
+
+FAMILIES = ("contrastive", "kernels", "moe", "mutual", "nn", "norm", "ops")
+
+
+def public():
+    for family in FAMILIES:
+        package = importlib.import_module(f"jaxlab.{family}")
+        for name in package.__all__:
+            yield f"{family}.{name}", getattr(package, name)
+
+
+NAMES = dict(public())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_function_with_its_files_name_is_the_function(family):
+    package = importlib.import_module(f"jaxlab.{family}")
+    assert package.__all__ == sorted(package.__all__)
+    for name in package.__all__:
+        assert not inspect.ismodule(getattr(package, name)), f"{family}.{name} is the module"
+
+
+def test_every_public_name_is_documented():
+    for name, thing in NAMES.items():
+        text = inspect.getdoc(thing) or ""
+        assert len(text.split("\n")[0]) > 15, f"{name} has no docstring"
+        if inspect.isfunction(thing) and len(inspect.signature(thing).parameters) > 2:
+            assert "Args:" in text or "Example:" in text, f"{name} does not explain its arguments"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "types"])
+def test_examples_run(family):
+    names = {module for name, module in sys.modules.items() if name.startswith(f"jaxlab.{family}")}
+    runner, finder = (
+        doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE),
+        doctest.DocTestFinder(),
+    )
+    with jax.numpy_rank_promotion("allow"):
+        for module in sorted(names, key=lambda m: m.__name__):
+            for test in finder.find(module, globs={**vars(module), "jax": jax, "jnp": jax.numpy}):
+                runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
