@@ -208,8 +208,8 @@ def claim_hash(paper: Paper) -> str:
 def claim_of(paper: Paper) -> dict[str, Any] | None:
     """Returns what the paper's recorded claim says, or None if none is recorded.
 
-    A claim is stale when the code it was recorded with has changed or is gone. A record may hold `source_hash` beside
-    `hash`: equal bytes settle the matter without parsing, and alike under every Python version.
+    A claim is stale when its row or the code it was recorded with has changed or is gone. A record may hold `source_hash`
+    beside `hash`: equal bytes settle the matter without parsing, and alike under every Python version.
 
     Returns:
         A dict of `verdict`, `evidence` and `stale`.
@@ -225,7 +225,8 @@ def claim_of(paper: Paper) -> dict[str, Any] | None:
         verdict, evidence, recorded = record["verdict"], record["evidence"], record["hash"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"claims/{paper.family}/{paper.key}.json is no claim record: {error!r}") from error
-    if not all(source.is_file() for source in _sources(paper)):
+    stated = None if paper.claim is None else dict(paper.claim)
+    if not all(source.is_file() for source in _sources(paper)) or record.get("spec", stated) != stated:
         stale = True
     else:
         stale = record.get("source_hash") != source_hash(paper) and recorded != claim_hash(paper)
@@ -235,7 +236,9 @@ def claim_of(paper: Paper) -> dict[str, Any] | None:
 def works(paper: Paper) -> bool:
     """Tells whether the paper's `api` is complete, its public names are exported and a claim is recorded."""
     complete = bool(paper.api) and all(paper.api.values()) and bool(paper.public)
-    return complete and set(public_names(paper)) <= set(_exports(paper.family)) and claim_of(paper) is not None
+    claim = claim_of(paper)
+    measured = claim is not None and claim["verdict"] != "invalid"
+    return complete and set(public_names(paper)) <= set(_exports(paper.family)) and measured
 
 
 def json_rows(family: str | None = None, missing: bool = False) -> list[dict[str, Any]]:

@@ -132,7 +132,8 @@ def judge(spec: Mapping[str, Any], outcome: Outcome) -> Judgement:
     lengths = {len(v) for v in arms.values()}
     if not arms or len(lengths) != 1 or min(lengths) < MIN_SEEDS:
         return invalid(f"needs the same {MIN_SEEDS} or more seeds in every arm, got {sorted(lengths)}")
-    if not all(np.all(np.isfinite(v)) for v in arms.values()):
+    floor = None if outcome.floor is None else np.asarray(outcome.floor, np.float64)
+    if not all(np.all(np.isfinite(v)) for v in (*arms.values(), *(() if floor is None else (floor,)))):
         return invalid("values are not finite")
     names = list(arms)
     baseline = spec.get("baseline", names[1] if len(names) > 1 else None)
@@ -157,7 +158,7 @@ def judge(spec: Mapping[str, Any], outcome: Outcome) -> Judgement:
         return Judgement(verdict, *worst, " > ".join(order))
     if baseline not in arms or baseline == names[0]:
         return invalid(f"the baseline {baseline!r} is not among the arms {names}")
-    if outcome.floor is not None and arms[baseline].mean() < np.mean(outcome.floor):
+    if floor is not None and arms[baseline].mean() < floor.mean():
         return invalid(f"{baseline} lies below plain supervised training of the same budget")
     effect = interval(arms[names[0]] - arms[baseline])
     if kind == "better":

@@ -34,3 +34,10 @@ def test_doctor_finds_the_kernels_in_agreement(capsys):
     report = json.loads(capsys.readouterr().out)
     assert [row["kernel"] for row in report["kernels"]] == ["attention", "top_k_routing", "expert_ffn"]
     assert all(row["agrees"] and row["error"] < 1e-4 for row in report["kernels"])
+
+
+def test_a_changed_row_makes_the_record_stale():
+    import dataclasses
+
+    paper = CLAIMED[0]
+    assert catalog.claim_of(dataclasses.replace(paper, claim={**paper.claim, "seeds": 99}))["stale"]

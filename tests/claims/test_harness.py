@@ -45,6 +45,7 @@ RULES = [
     (spec("better"), arms(m=GOOD[:4], b=BAD[:4]), "invalid"),
     (spec("better"), arms(m=[float("nan"), *GOOD[1:]], b=BAD), "invalid"),
     (spec("better"), Outcome(arms={"m": GOOD, "b": BAD}, floor=GOOD), "invalid"),
+    (spec("better"), Outcome(arms={"m": GOOD, "b": BAD}, floor=[float("nan")] * 5), "invalid"),
     (spec("better"), Outcome(arms={"m": GOOD, "b": BAD}, learnt={"b": False}), "invalid"),
     (spec("better", baseline="c"), arms(m=GOOD, b=BAD), "invalid"),
     (spec("not_worse", margin=0.02, saving=0.5), Outcome({"m": GOOD, "b": GOOD}, saving=0.6), "reproduced"),
