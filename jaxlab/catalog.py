@@ -208,8 +208,8 @@ def claim_hash(paper: Paper) -> str:
 def claim_of(paper: Paper) -> dict[str, Any] | None:
     """Returns what the paper's recorded claim says, or None if none is recorded.
 
-    A claim is stale when its row or the code it was recorded with has changed or is gone. A record may hold `source_hash`
-    beside `hash`: equal bytes settle the matter without parsing, and alike under every Python version.
+    A claim is stale when its row or the code it was recorded with has changed or is gone. A record may hold
+    `source_hash` beside `hash`: equal bytes settle the matter without parsing, and alike under every Python version.
 
     Returns:
         A dict of `verdict`, `evidence` and `stale`.
