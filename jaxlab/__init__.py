@@ -5,12 +5,24 @@ from typing import TYPE_CHECKING
 
 __version__: str
 
-_FAMILIES = ("contrastive", "moe", "mutual", "norm")
+_FAMILIES = ("contrastive", "distill", "information", "mil", "moe", "mutual", "norm")
 _MODULES = (*_FAMILIES, "kernels", "nn", "ops", "types")
-__all__ = ["contrastive", "kernels", "moe", "mutual", "nn", "norm", "ops", "types"]
+__all__ = [
+    "contrastive",
+    "distill",
+    "information",
+    "kernels",
+    "mil",
+    "moe",
+    "mutual",
+    "nn",
+    "norm",
+    "ops",
+    "types",
+]
 
 if TYPE_CHECKING:
-    from jaxlab import contrastive, kernels, moe, mutual, nn, norm, ops, types
+    from jaxlab import contrastive, distill, information, kernels, mil, moe, mutual, nn, norm, ops, types
 
 
 def __getattr__(name: str):

@@ -19,6 +19,10 @@ Arguments are passed by name. `Arg(role, shape, high=...)` draws the data; roles
 labels where weights key activations index`. For an equivariant function, axis 0 of every output counts the rows. An
 invariant is switched off only by `skip={"name": "reason"}`; the names are the functions below that start with `check_`.
 
+A `Layer`, a `Learner` or an optax transformation is wrapped in a function of named arrays; then
+`covers=("norm.power_norm",)` says which public names the case stands for (a public function of its own is found by
+itself). `host=True` is for work on the host (NumPy arrays and callables): same inputs, same result, no input changed.
+
 A case compiles at most 8 executables: random inputs, extremes, masks and permutations are stacked and go through one
 vmapped `value_and_grad`. Eager execution, which compiles operation by operation, is not counted.
 """
@@ -69,6 +73,8 @@ class Case:
     skip: dict[str, str] = dataclasses.field(default_factory=dict)
     name: str = ""
     helper: bool = False
+    host: bool = False
+    covers: tuple[str, ...] = ()
     bfloat16_tolerance: float = 0.1
 
     @property
@@ -540,6 +546,8 @@ def run_case(case: Case) -> None:
         raise ValueError(f"{case.label}: unknown invariants {sorted(unknown)} in skip")
     if not all(case.skip.values()):
         raise ValueError(f"{case.label}: every skip needs a reason")
+    if case.host:
+        return run_host_case(case)
     runner = Runner(case)
     with counted() as count:
         for name, check in CHECKS.items():
@@ -552,6 +560,16 @@ def run_case(case: Case) -> None:
     made = count[0] - runner.eager
     if made > MAX_EXECUTABLES:
         raise AssertionError(f"{case.label}: {made} executables, {MAX_EXECUTABLES} are allowed")
+
+
+def run_host_case(case: Case) -> None:
+    """Runs what host work has to keep: it repeats itself and leaves its inputs alone."""
+    values, untouched = inputs(case, 0), inputs(case, 0)
+    results = [jax.tree.map(np.asarray, case.function(**values, **case.static)) for _ in range(2)]
+    close(*results, tolerance=0, message=f"{case.label}: two equal calls")
+    for name, value in values.items():
+        if case.args[name].role != "key":
+            np.testing.assert_array_equal(value, untouched[name], err_msg=f"{case.label} changes its input {name}")
 
 
 REGISTERED: list[Case] = []

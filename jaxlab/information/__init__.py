@@ -1,0 +1,3 @@
+"""Mutual information: estimators, bounds and objectives built on them."""
+
+__all__: list[str] = []

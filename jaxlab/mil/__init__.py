@@ -1,0 +1,3 @@
+"""Multiple-instance learning: one label for a bag of instances."""
+
+__all__: list[str] = []
