@@ -1,3 +1,3 @@
 """Passing on what one network knows to another."""
 
-__all__: list[str] = []
+__all__ = []

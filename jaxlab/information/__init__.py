@@ -1,3 +1,3 @@
 """Mutual information: estimators, bounds and objectives built on them."""
 
-__all__: list[str] = []
+__all__ = []

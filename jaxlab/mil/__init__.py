@@ -1,3 +1,3 @@
 """Multiple-instance learning: one label for a bag of instances."""
 
-__all__: list[str] = []
+__all__ = []
