@@ -6,6 +6,14 @@ positive exactly if one of its instances is, `mi_net` cannot learn anything else
 """
 
 from jaxlab.mil.metrics import bag_auc
+from jaxlab.mil.mhim import (
+    bag_consistency_loss,
+    ham_ratio_schedule,
+    hard_instance_mask,
+    mhim,
+    mhim_loss,
+    select_mask,
+)
 from jaxlab.mil.mil_unit_tests import (
     gnn_mil,
     make_false_frequency,
@@ -32,8 +40,11 @@ __all__ = [
     "abmil",
     "attention_pool",
     "bag_auc",
+    "bag_consistency_loss",
     "dsmil",
     "gnn_mil",
+    "ham_ratio_schedule",
+    "hard_instance_mask",
     "hopfield_mil",
     "instance_encoder",
     "make_false_frequency",
@@ -43,10 +54,13 @@ __all__ = [
     "max_pool",
     "mean_mil",
     "mean_pool",
+    "mhim",
+    "mhim_loss",
     "mi_net",
     "mi_net_multi",
     "monotonicity_violation",
     "run_unit_test",
+    "select_mask",
     "transmil",
     "with_encoder",
 ]
