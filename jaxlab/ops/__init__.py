@@ -1,5 +1,6 @@
 """What more than one paper needs: masked reductions, collectives, sharding, layers, sorting, tree arithmetic."""
 
+from jaxlab.ops.clustering import kmeans
 from jaxlab.ops.collectives import (
     all_mean,
     all_sum,
@@ -35,6 +36,7 @@ __all__ = [
     "ema_update",
     "gather_rows",
     "global_mean",
+    "kmeans",
     "masked_logsumexp",
     "masked_mean",
     "masked_softmax",
