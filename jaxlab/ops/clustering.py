@@ -46,7 +46,7 @@ def kmeans(
     Example:
         >>> x = jnp.array([[0.0], [0.1], [5.0], [5.1]])
         >>> labels, centroids, _ = kmeans(jax.random.key(0), x, num_clusters=2)
-        >>> bool(labels[0] == labels[1]), sorted(centroids[:, 0].round(2).tolist())
+        >>> bool(labels[0] == labels[1]), sorted(round(c, 2) for c in centroids[:, 0].tolist())
         (True, [0.05, 5.05])
 
     Source:
