@@ -74,10 +74,10 @@ def mean_teacher(
         data_axis_name: mapped axis over which the examples are spread.
 
     Returns:
-        A `Learner` with a `MeanTeacherState`. `init(key, batch, params=None)`; `batch`: `x [N, ...]`, `y int [N]` (-1 =
-        unlabelled, which leaves the other term), optional `where [N]`. `update` gives metrics `loss`, `accuracy` and
-        the objective's (by default `consistency`), each `[local peers]`. `predict` asks the averaged networks: their
-        outputs `[local peers, N, ...]` and `probs [N, C]`, the mean over all of them.
+        A `Learner` with a `MeanTeacherState`. `init(key, batch, params=None, net_state=None)`; `batch`: `x [N, ...]`,
+        `y int [N]` (-1 = unlabelled, which leaves the other term), optional `where [N]`. `update` gives metrics `loss`,
+        `accuracy` and the objective's (by default `consistency`), each `[local peers]`. `predict` asks the averaged
+        networks: their outputs `[local peers, N, ...]` and `probs [N, C]`, the mean over all of them.
 
     Raises:
         ValueError: `num_peers` is below 1 or not divisible by the axis size, `decay` or `kind` is out of range.
@@ -135,12 +135,14 @@ def mean_teacher(
         outputs, net_state = jax.vmap(one)(params, net_state, keys, view_keys)
         return outputs if isinstance(outputs, dict) else {"logits": outputs}, net_state
 
-    def init(key, batch, *, params=None):
-        example = jax.ShapeDtypeStruct(batch["x"].shape[1:], batch["x"].dtype)
-        dims = example.shape[0] if len(example.shape) == 1 else example
-        made, net_state = jax.vmap(lambda k: net.init(k, dims))(peer_keys(key)) if params is None else (params, {})
-        opt_state = jax.vmap(optimizer.init)(made)
-        return MeanTeacherState(made, net_state, opt_state, jnp.zeros((), jnp.int32), made, net_state)
+    def init(key, batch, *, params=None, net_state=None):
+        if params is None:
+            example = jax.ShapeDtypeStruct(batch["x"].shape[1:], batch["x"].dtype)
+            dims = example.shape[0] if len(example.shape) == 1 else example
+            params, net_state = jax.vmap(lambda k: net.init(k, dims))(peer_keys(key))
+        net_state = {} if net_state is None else net_state
+        opt_state = jax.vmap(optimizer.init)(params)
+        return MeanTeacherState(params, net_state, opt_state, jnp.zeros((), jnp.int32), params, net_state)
 
     def update(state, batch, key):
         where = batch.get("where")
