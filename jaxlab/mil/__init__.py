@@ -6,6 +6,15 @@ positive exactly if one of its instances is, `mi_net` cannot learn anything else
 """
 
 from jaxlab.mil.metrics import bag_auc
+from jaxlab.mil.mil_unit_tests import (
+    gnn_mil,
+    make_false_frequency,
+    make_multi_concept,
+    make_single_concept,
+    mi_net_multi,
+    monotonicity_violation,
+    run_unit_test,
+)
 from jaxlab.mil.models import (
     abmil,
     dsmil,
@@ -24,13 +33,20 @@ __all__ = [
     "attention_pool",
     "bag_auc",
     "dsmil",
+    "gnn_mil",
     "hopfield_mil",
     "instance_encoder",
+    "make_false_frequency",
+    "make_multi_concept",
+    "make_single_concept",
     "max_mil",
     "max_pool",
     "mean_mil",
     "mean_pool",
     "mi_net",
+    "mi_net_multi",
+    "monotonicity_violation",
+    "run_unit_test",
     "transmil",
     "with_encoder",
 ]

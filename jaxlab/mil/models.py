@@ -59,7 +59,7 @@ def abmil(
         Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, arXiv 1802.04712, eqs. 7 to 9 (no
         biases inside the attention).
     """
-    _at_least_one(num_classes=num_classes, hidden=hidden)
+    at_least_one(num_classes=num_classes, hidden=hidden)
     to_hidden, to_score, head = (xavier_dense(n, bias=b) for n, b in ((hidden, False), (1, False), (num_classes, True)))
 
     def init(key, size):
@@ -146,7 +146,7 @@ def mi_net(num_classes: int) -> Layer:
     Source:
         Wang et al., Revisiting Multiple Instance Neural Networks, arXiv 1610.02501, section 3.1.
     """
-    _at_least_one(num_classes=num_classes)
+    at_least_one(num_classes=num_classes)
     head = xavier_dense(num_classes)
 
     def run(params, x, bags):
@@ -184,7 +184,7 @@ def dsmil(num_classes: int, *, hidden: int = 128) -> Layer:
         Li, Li, Eliceiri, arXiv 2011.08939, eqs. 2 to 7; code binli123/dsmil-wsi (W is its convolution over z; values
         without a network of their own, its default).
     """
-    _at_least_one(num_classes=num_classes, hidden=hidden)
+    at_least_one(num_classes=num_classes, hidden=hidden)
     instance, head = xavier_dense(num_classes), xavier_dense(num_classes)
     inner, outer = xavier_dense(hidden), xavier_dense(hidden)
 
@@ -248,7 +248,7 @@ def transmil(num_classes: int, *, depth: int = 2, heads: int = 8) -> Layer:
     Source:
         Shao et al., TransMIL, arXiv 2106.00908, algorithm 2; depth and heads as in code szc19990412/TransMIL.
     """
-    _at_least_one(num_classes=num_classes, depth=depth, heads=heads)
+    at_least_one(num_classes=num_classes, depth=depth, heads=heads)
     norm, head = feature_norm(eps=1e-5), xavier_dense(num_classes)
 
     def init(key, size):
@@ -313,7 +313,7 @@ def hopfield_mil(num_classes: int, *, hidden: int = 128, beta: float | None = No
         Ramsauer et al., Hopfield Networks is All You Need, arXiv 2008.02217, section 4 (pooling); without the
         normalisations and output projections of its layer (reconstructed).
     """
-    _at_least_one(num_classes=num_classes, hidden=hidden, steps=steps)
+    at_least_one(num_classes=num_classes, hidden=hidden, steps=steps)
     if beta is not None and not beta > 0:
         raise ValueError(f"beta={beta} must be positive")
     scale = hidden**-0.5 if beta is None else beta
@@ -401,7 +401,7 @@ def instance_encoder(
     Source:
         Code DearCaat/MHIM-MIL and isyangshu/MambaMIL: 512 features, dropout 0.25, Xavier-normal weights, bias 0.
     """
-    _at_least_one(features=features)
+    at_least_one(features=features)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} must be in [0, 1)")
     project = xavier_dense(features)
@@ -436,8 +436,15 @@ def xavier_dense(features: int, *, bias: bool = True) -> Layer:
     )
 
 
+def at_least_one(**sizes: int) -> None:
+    """Raises ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
 def _pooled_then_head(num_classes: int, pool: Callable[[Bags, Array], Array]) -> Layer:
-    _at_least_one(num_classes=num_classes)
+    at_least_one(num_classes=num_classes)
     head = xavier_dense(num_classes)
 
     def run(params, x, bags):
@@ -480,9 +487,3 @@ def _attend_with_token(token: Array, x: Array, bags: Bags) -> tuple[Array, Array
     logs = scores * x.shape[-1] ** -0.5 - bags.spread(lse).astype(wide)
     weights = jnp.exp(jnp.where(bags.keep[..., None], logs, -jnp.inf))
     return of_token, of_x, weights.astype(x.dtype)
-
-
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
