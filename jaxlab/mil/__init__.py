@@ -14,6 +14,15 @@ from jaxlab.mil.mhim import (
     mhim_loss,
     select_mask,
 )
+from jaxlab.mil.mhim_v2 import (
+    class_aware_score,
+    class_aware_score_multihead,
+    global_recycling,
+    mhim_v2,
+    mhim_v2_loss,
+    recycle_split,
+    update_query,
+)
 from jaxlab.mil.mil_unit_tests import (
     gnn_mil,
     make_false_frequency,
@@ -41,7 +50,10 @@ __all__ = [
     "attention_pool",
     "bag_auc",
     "bag_consistency_loss",
+    "class_aware_score",
+    "class_aware_score_multihead",
     "dsmil",
+    "global_recycling",
     "gnn_mil",
     "ham_ratio_schedule",
     "hard_instance_mask",
@@ -56,11 +68,15 @@ __all__ = [
     "mean_pool",
     "mhim",
     "mhim_loss",
+    "mhim_v2",
+    "mhim_v2_loss",
     "mi_net",
     "mi_net_multi",
     "monotonicity_violation",
+    "recycle_split",
     "run_unit_test",
     "select_mask",
     "transmil",
+    "update_query",
     "with_encoder",
 ]
