@@ -5,6 +5,18 @@ the same numbers. Start with `abmil`, inside `with_encoder` if the features are 
 positive exactly if one of its instances is, `mi_net` cannot learn anything else.
 """
 
+from jaxlab.mil.aggregate_responses import (
+    bag_loss,
+    bag_risk,
+    dp_aggregate,
+    instance_loss,
+    interpolated_loss,
+    linear_interpolated_estimator,
+    optimal_bag_size,
+    population_shrinkage,
+    random_bags,
+    within_bag_variance,
+)
 from jaxlab.mil.metrics import bag_auc
 from jaxlab.mil.mhim import (
     bag_consistency_loss,
@@ -50,8 +62,11 @@ __all__ = [
     "attention_pool",
     "bag_auc",
     "bag_consistency_loss",
+    "bag_loss",
+    "bag_risk",
     "class_aware_score",
     "class_aware_score_multihead",
+    "dp_aggregate",
     "dsmil",
     "global_recycling",
     "gnn_mil",
@@ -59,6 +74,9 @@ __all__ = [
     "hard_instance_mask",
     "hopfield_mil",
     "instance_encoder",
+    "instance_loss",
+    "interpolated_loss",
+    "linear_interpolated_estimator",
     "make_false_frequency",
     "make_multi_concept",
     "make_single_concept",
@@ -73,10 +91,14 @@ __all__ = [
     "mi_net",
     "mi_net_multi",
     "monotonicity_violation",
+    "optimal_bag_size",
+    "population_shrinkage",
+    "random_bags",
     "recycle_split",
     "run_unit_test",
     "select_mask",
     "transmil",
     "update_query",
     "with_encoder",
+    "within_bag_variance",
 ]
