@@ -17,6 +17,15 @@ from jaxlab.mil.aggregate_responses import (
     random_bags,
     within_bag_variance,
 )
+from jaxlab.mil.ins import (
+    confidence_update,
+    ins,
+    moco_loss,
+    partial_labels,
+    partial_supcon_loss,
+    phi_schedule,
+    prototype_update,
+)
 from jaxlab.mil.metrics import bag_auc
 from jaxlab.mil.mhim import (
     bag_consistency_loss,
@@ -66,6 +75,7 @@ __all__ = [
     "bag_risk",
     "class_aware_score",
     "class_aware_score_multihead",
+    "confidence_update",
     "dp_aggregate",
     "dsmil",
     "global_recycling",
@@ -73,6 +83,7 @@ __all__ = [
     "ham_ratio_schedule",
     "hard_instance_mask",
     "hopfield_mil",
+    "ins",
     "instance_encoder",
     "instance_loss",
     "interpolated_loss",
@@ -90,9 +101,14 @@ __all__ = [
     "mhim_v2_loss",
     "mi_net",
     "mi_net_multi",
+    "moco_loss",
     "monotonicity_violation",
     "optimal_bag_size",
+    "partial_labels",
+    "partial_supcon_loss",
+    "phi_schedule",
     "population_shrinkage",
+    "prototype_update",
     "random_bags",
     "recycle_split",
     "run_unit_test",
