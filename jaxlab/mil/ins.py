@@ -83,9 +83,10 @@ def ins(
         A `Learner`. `batch`: `x` [N, ...] weak view, `x_strong` likewise, `y` int [N] (label of the instance's bag, 0
         or 1), `index` int [N] (position in the training set), optional `where` [N], optional `bags` with `x`
         [B, M, ...], `y` [B] and `where` [B, M]. `net_state` has `confidence` [num_instances, 2], `prototypes`
-        [2, features], the queue, and `average`, the network of the keys. Metrics `loss`, `classification`, `contrastive`, `bag`. `predict`
-        gives `logits` and `probs` [N, 2] of instances; `max_pool` of the latter scores bags. For data on several
-        devices use arrays with shardings under one `jit`: the table, prototypes and queue are global.
+        [2, features], the queue, and `average`, the network of the keys. Metrics `loss`, `classification`,
+        `contrastive`, `bag`. `predict` gives `logits` and `probs` [N, 2] of instances; `max_pool` of the latter scores
+        bags. For data on several devices use arrays with shardings under one `jit`: the table, prototypes and queue are
+        global.
 
     Raises:
         ValueError: an option is out of range.
