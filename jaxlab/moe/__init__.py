@@ -6,6 +6,7 @@ Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing
 from jaxlab.moe.balance import expert_load, load_balancing_loss, router_z_loss
 from jaxlab.moe.comet import comet_gate
 from jaxlab.moe.layer import Experts, dropless, moe_layer, swiglu_experts
+from jaxlab.moe.moge import group_dispatch, imbalance_score, moge_router, voted_experts
 from jaxlab.moe.permutation import (
     hard_permutation,
     permutation_entropy,
@@ -49,10 +50,13 @@ __all__ = [
     "dselect_k_router",
     "expert_choice_router",
     "expert_load",
+    "group_dispatch",
     "hard_permutation",
     "hash_router",
+    "imbalance_score",
     "load_balancing_loss",
     "moe_layer",
+    "moge_router",
     "permutation_entropy",
     "permutation_schedule",
     "permutation_search",
@@ -72,4 +76,5 @@ __all__ = [
     "update_bias",
     "update_permutations",
     "update_relu_coefficient",
+    "voted_experts",
 ]
