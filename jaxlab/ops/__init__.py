@@ -1,6 +1,7 @@
 """What more than one paper needs: masked reductions, collectives, sharding, sorting, transport, tree arithmetic."""
 
 from jaxlab.ops.assignment import linear_assignment
+from jaxlab.ops.clustering import kmeans
 from jaxlab.ops.collectives import (
     all_mean,
     all_sum,
@@ -39,6 +40,7 @@ __all__ = [
     "gather_rows",
     "global_mean",
     "gumbel_sinkhorn",
+    "kmeans",
     "linear_assignment",
     "masked_logsumexp",
     "masked_mean",
