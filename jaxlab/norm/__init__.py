@@ -2,13 +2,21 @@
 
 Start with `layer_norm` (the same in training and test, any batch size) or, a little cheaper, `rms_norm`. `batch_norm`
 needs a batch of at least some dozens and carries running statistics; `power_norm` is one for transformers, whose
-backward pass needs `absorb_nu` after every step. `weight_norm` normalises
+backward pass needs `absorb_nu` after every step. `instance_batch_norm` (half instance, half batch normalisation) in the
+shallow layers of an image network, as in `ibn_net`, helps with images of another appearance. `weight_norm` normalises
 the weights instead. `ln_rnn_cell`, `ln_lstm_cell` and `ln_gru_cell` are recurrent cells with layer normalisation
 inside. Where training goes on while the task changes, put `normalize_and_project` behind the optimiser of a network
 that normalises before every activation (`normalized_mlp` is one): the weights keep their length and with it the rate
 at which they learn.
 """
 
+from jaxlab.norm.ibn_net import (
+    feature_divergence,
+    ibn_block,
+    ibn_net,
+    instance_batch_norm,
+    instance_norm,
+)
 from jaxlab.norm.layer_norm import (
     batch_norm,
     layer_norm,
@@ -42,7 +50,12 @@ __all__ = [
     "batch_statistic_distance",
     "dormant_fraction",
     "effective_learning_rate",
+    "feature_divergence",
     "group_scaling",
+    "ibn_block",
+    "ibn_net",
+    "instance_batch_norm",
+    "instance_norm",
     "layer_norm",
     "ln_gru_cell",
     "ln_lstm_cell",
