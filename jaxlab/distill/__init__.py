@@ -3,7 +3,23 @@
 Start with `distillation_loss`: a student fits its teacher's softened predictions and the labels.
 """
 
+from jaxlab.distill.class_relation import (
+    class_relation_loss,
+    discovery_targets,
+    normalize_prototypes,
+    swapped_prediction_loss,
+)
 from jaxlab.distill.knowledge import distillation_loss, feature_loss
 from jaxlab.distill.token_relation import match_grid, relation_matrix, token_relation_loss
 
-__all__ = ["distillation_loss", "feature_loss", "match_grid", "relation_matrix", "token_relation_loss"]
+__all__ = [
+    "class_relation_loss",
+    "discovery_targets",
+    "distillation_loss",
+    "feature_loss",
+    "match_grid",
+    "normalize_prototypes",
+    "relation_matrix",
+    "swapped_prediction_loss",
+    "token_relation_loss",
+]
