@@ -2,9 +2,9 @@
 
 The paper finetunes CogVideoX towards VideoMAEv2; here a small denoiser is trained on videos of a bouncing ball whose
 frames are shuffled, so that it knows looks and not motion, and is then finetuned on whole videos: with the diffusion
-loss alone, with relations (weight 0.5, as in the paper), or token by token (REPA, weight 0.5). The teacher's tokens tell
-how near the ball is now, was a frame ago and will be in a frame. A ridge regression then reads the past and the future
-from the denoiser's features of noisy test videos, token by token.
+loss alone, with relations (weight 0.5, as in the paper), or token by token (REPA, weight 0.5). The teacher's tokens
+tell how near the ball is now, was a frame ago and will be in a frame. A ridge regression then reads the past and the
+future from the denoiser's features of noisy test videos, token by token.
 Every arm chooses its learning rate among the same two on the validation videos.
 """
 
