@@ -1,7 +1,9 @@
 """Eight host devices, fast compilation and the strictest JAX, set before JAX is first imported."""
 
+import collections
 import os
 import sys
+import time
 from pathlib import Path
 
 OPTIMISED = os.environ.get("JAXLAB_TEST_OPTIMISED") == "1"
@@ -32,6 +34,65 @@ def pytest_collection_modifyitems(config, items):
     if len(wanted) != len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+
+
+# On a machine that does nothing else, no method may cost more; elsewhere a clock proves nothing, so CI alone sets this.
+METHOD_SECONDS = float(os.environ.get("JAXLAB_METHOD_SECONDS", "inf"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Notes the processor time of each test, which other work on the machine hardly changes."""
+    began = time.process_time()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu_seconds", time.process_time() - began))
+
+
+def method_of(nodeid: str) -> str | None:
+    """Returns `family/key` of the paper that a test belongs to; a claim's test names its key in brackets."""
+    from jaxlab import catalog
+
+    keys = {paper.key: f"{paper.family}/{paper.key}" for paper in catalog.papers()}
+    path, _, test = nodeid.partition("::")
+    key = test.partition("[")[2].rstrip("]") if path.endswith("test_claims.py") else Path(path).stem[len("test_") :]
+    return keys.get(key)
+
+
+def costs(reports) -> dict[str, float]:
+    """Returns the seconds of each method, dearest first."""
+    seconds = collections.Counter()
+    for report in reports:
+        method = method_of(report.nodeid)
+        if method is not None and report.when == "call":
+            seconds[method] += dict(report.user_properties).get("cpu_seconds", 0.0)
+    return dict(seconds.most_common())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Lists the dearest methods and the invariants that cases switched off."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    dearest = list(costs(reports).items())[:5]
+    if dearest:
+        listing = ", ".join(f"{method} {seconds:.1f} s" for method, seconds in dearest)
+        terminalreporter.write_line(f"dearest methods: {listing}")
+    off = sorted({value for r in reports for name, value in r.user_properties if name == "skipped_invariant"})
+    for text in off:
+        terminalreporter.write_line(f"switched off: {text}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Fails the run when one method costs more than 218 of them could."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    reports = [r for kind in ("passed", "failed") for r in reporter.stats.get(kind, [])]
+    over = [f"{m} ({s:.1f} s)" for m, s in costs(reports).items() if s > METHOD_SECONDS]
+    if over:
+        reporter.write_line(f"above {METHOD_SECONDS:.0f} s of processor time: {', '.join(over)}")
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

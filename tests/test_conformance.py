@@ -100,6 +100,10 @@ def side_effect(x, *, where=None):
     return right(x, where=where) * len(calls)
 
 
+def depends_on_tracing(x, *, where=None):
+    return right(x, where=where) * (1.0 if isinstance(x, jax.core.Tracer) else 2.0)
+
+
 def reads_concrete(x, *, where=None):
     return right(x, where=where) * (1.0 if float(jnp.sum(x)) > 0 else 2.0)
 
@@ -117,6 +121,7 @@ WRONG = [
     (wrong_derivative, "gradient", {}),
     (local_mean, "shard_map", {}),
     (side_effect, "jit", {}),
+    (depends_on_tracing, "jit", {"eager": True}),
 ]
 
 

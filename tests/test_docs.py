@@ -2,9 +2,12 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import sys
+from pathlib import Path
 
+import conformance
 import jax
 import pytest
 
@@ -51,3 +54,17 @@ def test_examples_run(family):
             for test in finder.find(module, globs={**vars(module), "jax": jax, "jnp": jax.numpy}):
                 runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
+
+
+def test_every_public_name_has_a_conformance_case():
+    """A name whose row or file is new cannot slip past the suite: its case must be declared in some test file."""
+    for number, path in enumerate(sorted(Path(__file__).parent.rglob("test_*.py"))):
+        if "conformance_tests(" in path.read_text() and path.name != Path(__file__).name:
+            spec = importlib.util.spec_from_file_location(f"declared_cases_{number}", path)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    functions = {id(case.function) for case in conformance.REGISTERED}
+    covered = {name for case in conformance.REGISTERED for name in case.covers}
+    assert covered <= set(NAMES), f"cases cover what is not public: {sorted(covered - set(NAMES))}"
+    missing = [name for name, thing in NAMES.items() if not (inspect.isclass(thing) or id(thing) in functions)]
+    missing = sorted(set(missing) - covered)
+    assert not missing, f"no conformance case: {', '.join(missing)}"

@@ -82,6 +82,35 @@ def _cases():
             (x, w),
         ),
     )
+    sizes = jnp.asarray(np.bincount(rng.integers(0, 8, 500), minlength=8), jnp.int32)
+    yield (
+        "grouped_matmul",
+        lambda form: (
+            lambda x, w: jnp.sum(jnp.sin(kernels.grouped_matmul(x, w, sizes, implementation=form))),
+            (x, w["up"]),
+        ),
+    )
+    u, delta = (jnp.asarray(rng.normal(size=(2, 512, 32)), jnp.float32) for _ in range(2))
+    into, out = (jnp.asarray(rng.normal(size=(2, 512, 8)), jnp.float32) for _ in range(2))
+    decay = -jnp.exp(jnp.asarray(rng.normal(size=(32, 8)), jnp.float32))
+    yield (
+        "selective_scan",
+        lambda form: (
+            lambda u, d: jnp.sum(
+                jnp.sin(kernels.selective_scan(u, jax.nn.softplus(d), decay, into, out, implementation=form))
+            ),
+            (u, delta),
+        ),
+    )
+    values = jnp.asarray(rng.normal(size=(8192, 64)), jnp.float32)
+    ids = jnp.sort(jnp.asarray(rng.integers(0, 16, 8192)))
+    yield (
+        "attention_pool",
+        lambda form: (
+            lambda v, s: jnp.sum(jnp.sin(kernels.attention_pool(v, s, ids, 16, implementation=form))),
+            (values, values[:, 0]),
+        ),
+    )
 
 
 def _compare(name: str, make, tolerance: float) -> dict[str, Any]:

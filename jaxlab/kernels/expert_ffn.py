@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlab.kernels._select import choose
+from jaxlab.kernels._tiles import cascade, dot, pack, unpack
 from jaxlab.ops.collectives import match_varying
 from jaxlab.ops.masked import compute_dtype
 from jaxlab.ops.sharding import rows_mixed
@@ -145,25 +146,25 @@ def _forward(static, x, weights, token, weight, counts):
     activation, tiles = static
     dtype = compute_dtype(x)
     token, weight = (jnp.pad(a, (0, tiles[-1])) for a in (token, weight.astype(dtype)))
-    x_bits = _pack(x)
+    x_bits = pack(x)
 
     def expert(y, xs):
         w_bits, first, count = xs
-        w = {name: _unpack(leaf, weights[name].dtype).astype(x.dtype) for name, leaf in w_bits.items()}
+        w = {name: unpack(leaf, weights[name].dtype).astype(x.dtype) for name, leaf in w_bits.items()}
 
         def tile(size, done, y):
             rows, valid = _rows(token, first + done, size, count - done)
             x_tile = _take(x_bits, rows, valid, x.dtype)
-            inputs = [_dot(x_tile, w[name], 1, 0, dtype) for name in _inputs(activation)]
+            inputs = [dot(x_tile, w[name], 1, 0, dtype) for name in _inputs(activation)]
             hidden = _ACTIVATIONS[activation](*inputs).astype(x.dtype)
-            out = _dot(hidden, w["down"], 1, 0, dtype)
+            out = dot(hidden, w["down"], 1, 0, dtype)
             gate = jax.lax.dynamic_slice_in_dim(weight, first + done, size)[:, None]
             return y.at[rows].add(jnp.where(valid, gate * out, 0.0), mode="drop")
 
-        return _cascade(tiles, count, tile, y), None
+        return cascade(tiles, count, tile, y), None
 
     start = match_varying(jnp.zeros(x.shape, dtype), x)[0]
-    packed = jax.tree.map(_pack, weights)
+    packed = jax.tree.map(pack, weights)
     y, _ = jax.lax.scan(expert, start, (packed, jnp.cumsum(counts) - counts, counts))
     return y.astype(x.dtype)
 
@@ -172,55 +173,43 @@ def _backward(static, x, weights, token, weight, counts, dy):
     activation, tiles = static
     dtype, names, assignments = compute_dtype(x), _inputs(activation), token.shape[0]
     token, gates = (jnp.pad(a, (0, tiles[-1])) for a in (token, weight.astype(dtype)))
-    x_bits, dy_bits = _pack(x), _pack(dy)
+    x_bits, dy_bits = pack(x), pack(dy)
 
     def expert(carry, xs):
         w_bits, first, count = xs
-        w = {name: _unpack(leaf, weights[name].dtype).astype(x.dtype) for name, leaf in w_bits.items()}
+        w = {name: unpack(leaf, weights[name].dtype).astype(x.dtype) for name, leaf in w_bits.items()}
 
         def tile(size, done, carry):
             dx, d_gates, dw = carry
             rows, valid = _rows(token, first + done, size, count - done)
             x_tile = _take(x_bits, rows, valid, x.dtype)
             dy_tile = _take(dy_bits, rows, valid, dy.dtype)
-            inputs = [_dot(x_tile, w[name], 1, 0, dtype) for name in names]
+            inputs = [dot(x_tile, w[name], 1, 0, dtype) for name in names]
             hidden, pull = jax.vjp(_ACTIVATIONS[activation], *inputs)
             hidden = hidden.astype(x.dtype)
             gate = jax.lax.dynamic_slice_in_dim(gates, first + done, size)[:, None]
             gate = jnp.where(valid, gate, 0.0)
-            d_hidden = _dot(dy_tile, w["down"], 1, 1, dtype)
+            d_hidden = dot(dy_tile, w["down"], 1, 1, dtype)
             # Rows of the next expert are set to 0 here and written by it later.
             d_gate = jnp.sum(d_hidden * hidden.astype(dtype), axis=1)
             d_gates = jax.lax.dynamic_update_slice_in_dim(d_gates, d_gate, first + done, axis=0)
             d_inputs = [d.astype(x.dtype) for d in pull(gate * d_hidden)]
             scaled = (gate * dy_tile.astype(dtype)).astype(x.dtype)
-            added = {name: _dot(x_tile, d, 0, 0, dtype) for name, d in zip(names, d_inputs, strict=True)}
-            added["down"] = _dot(hidden, scaled, 0, 0, dtype)
+            added = {name: dot(x_tile, d, 0, 0, dtype) for name, d in zip(names, d_inputs, strict=True)}
+            added["down"] = dot(hidden, scaled, 0, 0, dtype)
             dw = jax.tree.map(jnp.add, dw, added)
-            dx_tile = sum(_dot(d, w[name], 1, 1, dtype) for name, d in zip(names, d_inputs, strict=True))
+            dx_tile = sum(dot(d, w[name], 1, 1, dtype) for name, d in zip(names, d_inputs, strict=True))
             return dx.at[rows].add(jnp.where(valid, dx_tile, 0.0), mode="drop"), d_gates, dw
 
         zeros = match_varying({name: jnp.zeros(leaf.shape[1:], dtype) for name, leaf in weights.items()}, x)[0]
-        dx, d_gates, dw = _cascade(tiles, count, tile, (*carry, zeros))
-        return (dx, d_gates), {name: _pack(leaf.astype(weights[name].dtype)) for name, leaf in dw.items()}
+        dx, d_gates, dw = cascade(tiles, count, tile, (*carry, zeros))
+        return (dx, d_gates), {name: pack(leaf.astype(weights[name].dtype)) for name, leaf in dw.items()}
 
     start = match_varying((jnp.zeros(x.shape, dtype), jnp.zeros(gates.shape, dtype)), x)[0]
-    packed = jax.tree.map(_pack, weights)
+    packed = jax.tree.map(pack, weights)
     (dx, d_gates), dw = jax.lax.scan(expert, start, (packed, jnp.cumsum(counts) - counts, counts))
-    dw = {name: _unpack(leaf, weights[name].dtype) for name, leaf in dw.items()}
+    dw = {name: unpack(leaf, weights[name].dtype) for name, leaf in dw.items()}
     return dx.astype(x.dtype), dw, d_gates[:assignments].astype(weight.dtype)
-
-
-def _cascade(tiles, count, tile, carry):
-    """Runs `carry = tile(size, done, carry)` over `count` rows, in as few tiles as the sizes allow."""
-    done = jnp.zeros_like(count)
-    for size in tiles:
-        rest = count - done
-        number = (rest + size - 1) // size if size == tiles[-1] else rest // size
-        step = functools.partial(lambda i, c, size, done: tile(size, done + i * size, c), size=size, done=done)
-        carry = jax.lax.fori_loop(jnp.zeros_like(number), number, step, carry)
-        done = done + number * size
-    return carry
 
 
 def _rows(token, start, size, left):
@@ -229,18 +218,5 @@ def _rows(token, start, size, left):
 
 
 def _take(bits, rows, valid, dtype):
-    tile = _unpack(jnp.take(bits, rows, axis=0, mode="clip"), dtype)
+    tile = unpack(jnp.take(bits, rows, axis=0, mode="clip"), dtype)
     return jnp.where(valid, tile, jnp.zeros((), dtype))
-
-
-def _dot(a, b, contract_a, contract_b, dtype):
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=dtype)
-
-
-def _pack(x):
-    """Returns bfloat16 as uint16: XLA for CPU would turn the whole array to float32 around every slice of it."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def _unpack(bits, dtype):
-    return jax.lax.bitcast_convert_type(bits, dtype) if dtype == jnp.bfloat16 else bits

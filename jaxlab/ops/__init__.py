@@ -1,5 +1,6 @@
-"""What more than one paper needs: masked reductions, collectives, sharding, layers, sorting, tree arithmetic."""
+"""What more than one paper needs: masked reductions, collectives, sharding, sorting, transport, tree arithmetic."""
 
+from jaxlab.ops.assignment import linear_assignment
 from jaxlab.ops.clustering import kmeans
 from jaxlab.ops.collectives import (
     all_mean,
@@ -24,7 +25,9 @@ from jaxlab.ops.masked import (
 from jaxlab.ops.neighbours import weighted_knn
 from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.sharding import rows_mixed
+from jaxlab.ops.soft_trees import smooth_step, soft_tree_leaves, soft_tree_tables
 from jaxlab.ops.sorting import odd_even_sort
+from jaxlab.ops.transport import gumbel_sinkhorn, sinkhorn
 from jaxlab.ops.trees import ema_update, tree_lerp, tree_norm
 
 __all__ = [
@@ -36,7 +39,9 @@ __all__ = [
     "ema_update",
     "gather_rows",
     "global_mean",
+    "gumbel_sinkhorn",
     "kmeans",
+    "linear_assignment",
     "masked_logsumexp",
     "masked_mean",
     "masked_softmax",
@@ -47,6 +52,10 @@ __all__ = [
     "rows_mixed",
     "safe_divide",
     "safe_normalize",
+    "sinkhorn",
+    "smooth_step",
+    "soft_tree_leaves",
+    "soft_tree_tables",
     "tree_lerp",
     "tree_norm",
     "value_and_grad",

@@ -3,10 +3,12 @@
 import functools
 import sys
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import Arg, Case
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.kernels import attention
@@ -258,3 +260,16 @@ def test_errors():
     for message, args, keywords in cases:
         with pytest.raises(ValueError, match=message):
             attention(*args, **keywords)
+
+
+CASES = [
+    Case(
+        attention,
+        {"q": Arg("activations", (6, 5, 4, 4)), "k": Arg("activations", (6, 3, 2, 4)),
+         "v": Arg("activations", (6, 3, 2, 4))},
+        wrt=("q", "k", "v"),
+        rows={"q": 0, "k": 0, "v": 0},
+        symmetry="equivariant",
+    ),
+]  # fmt: skip
+test_conformance = conformance.conformance_tests(CASES)

@@ -5,12 +5,15 @@ import itertools
 import math
 import sys
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import Arg, Case
 from jax.sharding import PartitionSpec as P
 
+from jaxlab import ops
 from jaxlab.kernels import expert_ffn, plan_from_top_k, top_k_routing
 from jaxlab.types import RoutingPlan
 
@@ -322,3 +325,28 @@ def test_errors():
     for message, args, keywords in cases:
         with pytest.raises(ValueError, match=message):
             expert_ffn(*args, plan, **keywords)
+
+
+def through_experts(x, scores, gate, up, down, *, where=None):
+    plan = plan_from_top_k(top_k_routing(scores.astype(jnp.float32), 2, where=where), scores.astype(jnp.float32))
+    return expert_ffn(ops.zero_where_false(x, where), {"gate": gate, "up": up, "down": down}, plan)
+
+
+WEIGHTS = {"gate": Arg("activations", (4, 3, 5)), "up": Arg("activations", (4, 3, 5)),
+           "down": Arg("activations", (4, 5, 3))}  # fmt: skip
+CASES = [
+    Case(
+        through_experts,
+        {
+            "x": Arg("activations", (6, 3)),
+            "scores": Arg("probabilities", (6, 4)),
+            **WEIGHTS,
+            "where": Arg("where", (6,)),
+        },
+        wrt=("x", "gate", "up", "down"),
+        rows={"x": 0, "scores": 0, "where": 0},
+        symmetry="equivariant",
+        covers=("kernels.expert_ffn",),
+    ),
+]  # fmt: skip
+test_conformance = conformance.conformance_tests(CASES)

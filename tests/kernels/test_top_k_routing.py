@@ -2,10 +2,12 @@
 
 import functools
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import Arg, Case
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.kernels import plan_from_top_k, top_k_routing
@@ -252,3 +254,25 @@ def test_environment_names_the_default(monkeypatch):
         top_k_routing(scores, 1)
     monkeypatch.setenv("JAXLAB_KERNELS", "reference")
     assert top_k_routing(scores, 1).ids.tolist() == [[0], [0]]
+
+
+def routed(scores, *, where=None):
+    """Ids, weights and probabilities row by row, and the same weights as the plan lists them, by token."""
+    chosen = top_k_routing(scores, 2, where=where, renormalize=True)
+    plan = plan_from_top_k(chosen, scores)
+    by_token = jnp.zeros(scores.shape, plan.weight.dtype).at[plan.token, plan.expert].add(plan.weight, mode="drop")
+    weights, probs, by_token = (a.astype(scores.dtype) for a in (chosen.weights, chosen.probs, by_token))
+    return chosen.ids, weights, probs, by_token
+
+
+CASES = [
+    Case(
+        routed,
+        {"scores": Arg("scores", (6, 5)), "where": Arg("where", (6,))},
+        wrt=("scores",),
+        rows={"scores": 0, "where": 0},
+        symmetry="equivariant",
+        covers=("kernels.top_k_routing", "kernels.plan_from_top_k"),
+    ),
+]
+test_conformance = conformance.conformance_tests(CASES)

@@ -8,6 +8,7 @@ import pytest
 from conformance import Arg, Case
 
 from jaxlab import moe
+from jaxlab.kernels import plan_from_top_k, top_k_routing
 
 rng = np.random.default_rng(0)
 T, D, E, K, F = 7, 5, 4, 2, 6
@@ -104,7 +105,31 @@ def moe_layer(x):
     return LAYER.apply(jax.tree.map(lambda a: jnp.asarray(a, jnp.promote_types(x.dtype, jnp.float32)), PARAMS), x)[0]
 
 
+def plan_of(scores, where):
+    return plan_from_top_k(top_k_routing(scores, K, where=where), scores)
+
+
+def balance(scores, *, where=None, axis_name=None):
+    return moe.load_balancing_loss(plan_of(scores, where), where=where, axis_name=axis_name)
+
+
+def z_loss(scores, *, where=None, axis_name=None):
+    scores = scores / 1e3  # a square of logits of 1e4 is far above what float32 differences can resolve
+    return moe.router_z_loss(plan_of(scores, where), where=where, axis_name=axis_name)
+
+
+def load(scores, *, where=None, axis_name=None):
+    return moe.expert_load(plan_of(scores, where), axis_name=axis_name).astype(scores.dtype)
+
+
+SCORES = {"scores": Arg("scores", (6, E)), "where": Arg("where", (6,))}
+ROWS = {"rows": {"scores": 0, "where": 0}, "symmetry": "invariant"}
 CASES = [
-    Case(moe_layer, {"x": Arg("activations", (6, D))}, wrt=("x",), rows={"x": 0}, symmetry="equivariant"),
-]
+    Case(moe_layer, {"x": Arg("activations", (6, D))}, wrt=("x",), rows={"x": 0}, symmetry="equivariant",
+         covers=("moe.moe_layer", "moe.dropless", "moe.swiglu_experts", "moe.top_k_router")),
+    Case(balance, SCORES, wrt=("scores",), covers=("moe.load_balancing_loss",), **ROWS,
+         skip={"gradient": "the share of assignments is a constant that a shifted score may change"}),
+    Case(z_loss, SCORES, wrt=("scores",), covers=("moe.router_z_loss",), **ROWS),
+    Case(load, SCORES, reason="counts have no gradient", covers=("moe.expert_load",), **ROWS),
+]  # fmt: skip
 test_conformance = conformance.conformance_tests(CASES)

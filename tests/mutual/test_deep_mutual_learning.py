@@ -193,6 +193,15 @@ def test_refuses():
         jax.vmap(lambda k: learner.init(k, BATCH), in_axes=None, axis_size=2, axis_name="peer")(jax.random.key(0))
 
 
+def loss_of_a_step(x, labels, *, where=None):
+    """The mean loss of the peers at fixed parameters, as the learner reports it."""
+    batch = {"x": x, "y": labels, "where": where}
+    learner = mutual.deep_mutual_learning(linear(C), optax.sgd(0.1), num_peers=2)
+    params = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(2, D, C)), x.dtype)}
+    _, metrics = learner.update(learner.init(jax.random.key(0), batch, params=params), batch, jax.random.key(1))
+    return jnp.mean(metrics["loss"])
+
+
 CASES = [
     Case(
         mutual.mutual_kl,
@@ -201,6 +210,15 @@ CASES = [
         frozen=("peer_logits",),
         rows={"logits": 0, "peer_logits": 1, "where": 0},
         symmetry="invariant",
-    )
+    ),
+    Case(
+        loss_of_a_step,
+        {"x": Arg("activations", (6, D)), "labels": Arg("labels", (6,), high=C), "where": Arg("where", (6,))},
+        wrt=("x",),
+        rows={"x": 0, "labels": 0, "where": 0},
+        symmetry="invariant",
+        covers=("mutual.deep_mutual_learning",),
+        skip={"gradient": "the peers' predictions are constants, so the gradient is not the derivative"},
+    ),
 ]
 test_conformance = conformance.conformance_tests(CASES)

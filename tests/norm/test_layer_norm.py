@@ -247,7 +247,8 @@ def cell_case(make, state):
 
     step.__name__ = make.__name__
     args = {"x": Arg("activations", (6, 4)), **{n: Arg("activations", (6, 3)) for n in state}}
-    return Case(step, args, wrt=("x", *state), rows=dict.fromkeys(args, 0), symmetry="equivariant", helper=True)
+    return Case(step, args, wrt=("x", *state), rows=dict.fromkeys(args, 0), symmetry="equivariant", helper=True,
+                covers=(f"norm.{make.__name__}",))  # fmt: skip
 
 
 def batch_norm_case(x, where, axis_name=None):
@@ -286,6 +287,7 @@ CASES = [
         rows={"x": 0, "where": 0},
         symmetry="equivariant",
         name="batch_norm",
+        covers=("norm.batch_norm",),
     ),
     cell_case(norm.ln_rnn_cell, ("h",)),
     cell_case(norm.ln_lstm_cell, ("h", "c")),

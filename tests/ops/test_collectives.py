@@ -2,10 +2,12 @@
 
 import functools
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import Arg, Case
 from jax.sharding import PartitionSpec as P
 
 from jaxlab import ops
@@ -105,3 +107,30 @@ def test_global_mean_counts_kept_terms_of_all_shards():
     np.testing.assert_allclose(got, np.full(4, 4.0))
     grad = jax.grad(lambda t: ops.global_mean(t, jnp.zeros(2, bool)))(jnp.array([jnp.nan, 1.0]))
     assert grad.tolist() == [0.0, 0.0]
+
+
+def spread_gradient(x, *, axis_name=None):
+    """Every collective at work: the gradient, inside the map, of a global loss that couples all rows."""
+
+    def loss(w):
+        everyone, share = ops.gather_rows(x * w, axis_name), (1 + ops.axis_index(axis_name)) / ops.axis_size(axis_name)
+        part = ops.match_varying(jnp.sum(x * w * jnp.mean(everyone, axis=0)[None, :]) * share, x)[0]
+        return ops.all_sum(part, axis_name) + ops.all_mean(jnp.sum(x * w) * 0.1, axis_name)
+
+    value, grad = ops.value_and_grad(loss, axis_name=axis_name)(jnp.ones((), x.dtype))
+    return value + grad
+
+
+CASES = [
+    Case(
+        spread_gradient,
+        {"x": Arg("activations", (6, 4))},
+        wrt=("x",),
+        rows={"x": 0},
+        covers=tuple(f"ops.{name}" for name in ("all_mean", "all_sum", "axis_index", "axis_size", "gather_rows",
+                                               "match_varying", "value_and_grad")),
+        skip={"shard_map": "a sum over shards of unequal terms; the tests above compare every mode with differences",
+              "dtype": "arithmetic in the dtype of the input, on purpose"},
+    ),
+]  # fmt: skip
+test_conformance = conformance.conformance_tests(CASES)

@@ -107,10 +107,47 @@ def masked_softmax(x, *, where=None):
     return ops.masked_softmax(x, where[:, None] if where is not None else None, axis=0)
 
 
+def masked_sum(x, *, where=None):
+    return ops.masked_sum(x, where).astype(x.dtype)
+
+
+def reduce_terms(x, *, where=None, axis_name=None):
+    terms = ops.zero_where_false(x, where).astype(ops.compute_dtype(x)) ** 2
+    return ops.reduce_terms(terms, where, axis_name=axis_name)
+
+
+def mix_rows(x):
+    wide = x.astype(ops.compute_dtype(x))
+    product = lambda x: jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+    return ops.rows_mixed(product)(wide).astype(x.dtype)
+
+
+def of_trees(x, y):
+    """What the functions over pytrees give, as leaves; the average moves towards a constant."""
+    a, b = {"p": x, "q": x[0]}, {"p": y, "q": y[0]}
+    norm = ops.tree_norm(jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), a))
+    return ops.tree_lerp(a, b, 0.25), ops.ema_update(a, b, decay=0.75), norm.astype(x.dtype)
+
+
+SQUARE = {"x": Arg("activations", (6, 4))}
 CASES = [
-    Case(masked_mean, MASKED, wrt=("x",), rows=ROWS, symmetry="invariant"),
-    Case(masked_logsumexp, MASKED, wrt=("x",), rows=ROWS, symmetry="invariant"),
-    Case(masked_softmax, MASKED, wrt=("x",), rows=ROWS, symmetry="equivariant"),
+    Case(masked_mean, MASKED, wrt=("x",), rows=ROWS, symmetry="invariant", covers=("ops.masked_mean",)),
+    Case(masked_sum, MASKED, wrt=("x",), rows=ROWS, symmetry="invariant", covers=("ops.masked_sum",), helper=True),
+    Case(masked_logsumexp, MASKED, wrt=("x",), rows=ROWS, symmetry="invariant", covers=("ops.masked_logsumexp",)),
+    Case(masked_softmax, MASKED, wrt=("x",), rows=ROWS, symmetry="equivariant", covers=("ops.masked_softmax",)),
     Case(ops.safe_normalize, {"x": Arg("embeddings", (6, 4))}, wrt=("x",), rows={"x": 0}, symmetry="equivariant"),
-]
+    Case(
+        reduce_terms,
+        {"x": Arg("scores", (6,)), "where": Arg("where", (6,))},
+        wrt=("x",),
+        rows=ROWS,
+        symmetry="invariant",
+        covers=("ops.reduce_terms", "ops.global_mean", "ops.compute_dtype", "ops.zero_where_false"),
+    ),
+    Case(ops.safe_divide, {"numerator": Arg("scores", (6,)), "denominator": Arg("scores", (6,))},
+         wrt=("numerator", "denominator"), helper=True),
+    Case(mix_rows, SQUARE, wrt=("x",), covers=("ops.rows_mixed",)),
+    Case(of_trees, {"x": Arg("activations", (6, 4)), "y": Arg("activations", (6, 4))}, wrt=("x", "y"), helper=True,
+         covers=("ops.tree_lerp", "ops.ema_update", "ops.tree_norm")),
+]  # fmt: skip
 test_conformance = conformance.conformance_tests(CASES)
