@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.ops.collectives import all_sum, gather_rows
+from jaxlab.ops.collectives import all_sum, axis_index, gather_rows
 from jaxlab.ops.masked import compute_dtype, safe_divide, safe_normalize, zero_where_false
 from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.sharding import rows_mixed
+from jaxlab.ops.transport import sinkhorn
 
 
 def class_relation_loss(
@@ -237,20 +238,10 @@ def normalize_prototypes(prototypes: Array) -> Array:
 
 
 def _assign(logits, keep, *, epsilon, iterations, axis_name):
-    """Returns equipartitioned rows [N, U], 0 where not kept."""
-    dtype = logits.dtype
-    scores = zero_where_false(logits, keep).astype(compute_dtype(logits)) / epsilon
-
-    def log_sum(x, mask, axis, shared):
-        """Returns log sum exp over the kept entries, of all shards where the axis is that of the examples."""
-        x = jnp.where(mask, x, -jnp.inf)
-        top = jnp.max(gather_rows(x, axis_name) if shared else x, axis=axis, keepdims=True)
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
-        total = jnp.sum(jnp.exp(x - top), axis=axis, keepdims=True)
-        total = all_sum(total, axis_name) if shared else total
-        return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)), 0.0) + top
-
-    for _ in range(iterations):
-        scores = scores - log_sum(scores, keep[:, None], 0, True)
-        scores = scores - log_sum(scores, keep[:, None], 1, False)
-    return jnp.where(keep[:, None], jnp.exp(scores), 0.0).astype(dtype)
+    """Returns equipartitioned rows [N, U], 0 where not kept; classes are normalised first, examples last."""
+    everyone, real = (gather_rows(x, axis_name) for x in (zero_where_false(logits, keep), keep))
+    cost = -everyone.astype(compute_dtype(logits)).T
+    plan = sinkhorn(cost, epsilon=epsilon, iterations=iterations, kv_where=real).T
+    plan = plan * jnp.sum(real, dtype=plan.dtype)
+    own = axis_index(axis_name) * len(keep)
+    return jax.lax.dynamic_slice_in_dim(plan, own, len(keep)).astype(logits.dtype)

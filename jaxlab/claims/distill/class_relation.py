@@ -19,6 +19,7 @@ import optax
 from jaxlab.claims.common import digits
 from jaxlab.claims.harness import Outcome
 from jaxlab.distill import class_relation_loss, discovery_targets, normalize_prototypes, swapped_prediction_loss
+from jaxlab.ops.assignment import linear_assignment
 from jaxlab.ops.layers import mlp
 from jaxlab.ops.masked import safe_normalize
 
@@ -30,12 +31,9 @@ ARMS = {"class relations": 0.1, "swapped prediction": 0.0}
 
 def discovered(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Returns the accuracy under the best one-to-one assignment of clusters to classes."""
-    from scipy.optimize import linear_sum_assignment
-
-    table = np.zeros((NEW, NEW))
+    table = np.zeros((NEW, NEW), np.float32)
     np.add.at(table, (predicted, labels - KNOWN), 1)
-    rows, columns = linear_sum_assignment(-table)
-    return float(table[rows, columns].sum() / len(labels))
+    return float(table[np.arange(NEW), np.asarray(linear_assignment(table, maximize=True))].sum() / len(labels))
 
 
 def initial(key):
