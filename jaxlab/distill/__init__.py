@@ -10,16 +10,32 @@ from jaxlab.distill.class_relation import (
     swapped_prediction_loss,
 )
 from jaxlab.distill.knowledge import distillation_loss, feature_loss
+from jaxlab.distill.quantized_distillation import (
+    allocate_points,
+    compressed_bits,
+    differentiable_quantization,
+    point_quantize,
+    quantile_points,
+    quantized_distillation,
+    uniform_quantize,
+)
 from jaxlab.distill.token_relation import match_grid, relation_matrix, token_relation_loss
 
 __all__ = [
+    "allocate_points",
     "class_relation_loss",
+    "compressed_bits",
+    "differentiable_quantization",
     "discovery_targets",
     "distillation_loss",
     "feature_loss",
     "match_grid",
     "normalize_prototypes",
+    "point_quantize",
+    "quantile_points",
+    "quantized_distillation",
     "relation_matrix",
     "swapped_prediction_loss",
     "token_relation_loss",
+    "uniform_quantize",
 ]
