@@ -10,6 +10,13 @@ from jaxlab.distill.class_relation import (
     swapped_prediction_loss,
 )
 from jaxlab.distill.knowledge import distillation_loss, feature_loss
+from jaxlab.distill.mcmi import (
+    class_centroids,
+    conditional_mutual_information,
+    few_shot_subset,
+    mcmi_loss,
+    update_centroids,
+)
 from jaxlab.distill.quantized_distillation import (
     allocate_points,
     compressed_bits,
@@ -23,13 +30,17 @@ from jaxlab.distill.token_relation import match_grid, relation_matrix, token_rel
 
 __all__ = [
     "allocate_points",
+    "class_centroids",
     "class_relation_loss",
     "compressed_bits",
+    "conditional_mutual_information",
     "differentiable_quantization",
     "discovery_targets",
     "distillation_loss",
     "feature_loss",
+    "few_shot_subset",
     "match_grid",
+    "mcmi_loss",
     "normalize_prototypes",
     "point_quantize",
     "quantile_points",
@@ -38,4 +49,5 @@ __all__ = [
     "swapped_prediction_loss",
     "token_relation_loss",
     "uniform_quantize",
+    "update_centroids",
 ]
