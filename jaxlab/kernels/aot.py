@@ -34,7 +34,7 @@ class CompileReport:
         kernels: number of custom calls of hand-written kernels in the compiled program.
         flops: as the compiler counts them, with what kernels state; None where it does not say.
         bytes_accessed: likewise.
-        temp_bytes: temporary memory on the device.
+        temp_bytes: temporary memory on the device; None where the compiler does not say.
         text: the compiled program.
     """
 
@@ -42,7 +42,7 @@ class CompileReport:
     kernels: int
     flops: float | None
     bytes_accessed: float | None
-    temp_bytes: int
+    temp_bytes: int | None
     text: str = dataclasses.field(repr=False)
 
 
@@ -74,9 +74,8 @@ def compile_report(
         raise RuntimeError(f"the program for {target} holds no hand-written kernel")
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
-    return CompileReport(
-        target, kernels, cost.get("flops"), cost.get("bytes accessed"), int(memory.temp_size_in_bytes), text
-    )
+    temp = int(memory.temp_size_in_bytes) if memory else None
+    return CompileReport(target, kernels, cost.get("flops"), cost.get("bytes accessed"), temp, text)
 
 
 def gpu_config(name: str) -> str:
