@@ -108,7 +108,8 @@ def embedded(name):
     def bound(x, y, *, where=None):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         x, y = (ops.zero_where_false(a, where) for a in (x, y))  # the critic's part of the mask
-        scores = jnp.matmul(x.astype(wide), y.astype(wide).T, precision=jax.lax.Precision.HIGHEST)
+        product = lambda x, y: jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+        scores = ops.rows_mixed(product)(x.astype(wide), y.astype(wide))
         scores = 5 * jnp.tanh(scores / 5) if name in ("nwj", "smile") else scores
         return BOUNDS[name](scores, where=where)
 
