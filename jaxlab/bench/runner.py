@@ -77,9 +77,13 @@ def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
         "ceiling_ms": None if ceiling is None else round(float(np.median(ceiling)), 3),
         "ceiling_fraction": None if ceiling is None else round(float(np.median(ceiling / each["ours"])), 3),
         "work_ratio": contest.work_ratio,
-        "temp_bytes": int(compiled["ours"].memory_analysis().temp_size_in_bytes),
-        "peer_temp_bytes": int(compiled["peer"].memory_analysis().temp_size_in_bytes),
+        "temp_bytes": _temp_bytes(compiled["ours"]),
+        "peer_temp_bytes": _temp_bytes(compiled["peer"]),
     }
+
+
+def _temp_bytes(program: Any) -> int:
+    return int(program.memory_analysis().temp_size_in_bytes)
 
 
 def matmul_gflops(size: int = 1024, rounds: int = 5) -> float:
