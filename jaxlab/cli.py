@@ -215,9 +215,9 @@ def command_claim(args: argparse.Namespace) -> int:
 
 def command_bench(args: argparse.Namespace) -> int:
     """Times a kernel."""
-    from jaxlab.bench import runner
+    from jaxlab.bench import kernels, runner
 
-    return runner.command(args)
+    return runner.command(args, kernels.BENCHES)
 
 
 def command_doctor(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -141,20 +141,18 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def command(args) -> int:
+def command(args, benches: Mapping[str, Callable[[bool], Iterable[Contest]]]) -> int:
     """Carries out `jaxlab bench`: progress on stderr, rows on stdout."""
-    from jaxlab.bench.kernels import BENCHES
-
-    if args.name not in BENCHES:
+    if args.name not in benches:
         import difflib
 
-        close = difflib.get_close_matches(args.name, BENCHES, n=1)
+        close = difflib.get_close_matches(args.name, benches, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise LookupError(f"unknown benchmark {args.name!r}{hint}; there is {', '.join(BENCHES)}")
+        raise LookupError(f"unknown benchmark {args.name!r}{hint}; there is {', '.join(benches)}")
     if args.rounds < 1:
         raise LookupError(f"--rounds must be at least 1, got {args.rounds}")
     rows = []
-    for contest in BENCHES[args.name](args.quick):
+    for contest in benches[args.name](args.quick):
         print(f"{contest.case} {dict(contest.params)}", file=sys.stderr, flush=True)
         rows.append(run(contest, rounds=args.rounds))
     if args.record:
