@@ -8,6 +8,9 @@ the weights instead. `ln_rnn_cell`, `ln_lstm_cell` and `ln_gru_cell` are recurre
 inside. Where training goes on while the task changes, put `normalize_and_project` behind the optimiser of a network
 that normalises before every activation (`normalized_mlp` is one): the weights keep their length and with it the rate
 at which they learn.
+
+For covariance matrices there are `spd_batch_norm` and the layers around it (`bimap`, `reeig`, `spd_log`), trained with
+`riemannian_sgd`, and the geometry under them (`bw_...`).
 """
 
 from jaxlab.norm.ibn_net import (
@@ -43,11 +46,32 @@ from jaxlab.norm.power_norm import (
     power_norm,
     power_norm_v,
 )
+from jaxlab.norm.spd_bures_wasserstein import (
+    bimap,
+    bw_barycenter,
+    bw_exp,
+    bw_geodesic,
+    bw_log,
+    bw_squared_distance,
+    lyapunov,
+    reeig,
+    riemannian_sgd,
+    spd_batch_norm,
+    spd_function,
+    spd_log,
+    spd_power,
+)
 
 __all__ = [
     "absorb_nu",
     "batch_norm",
     "batch_statistic_distance",
+    "bimap",
+    "bw_barycenter",
+    "bw_exp",
+    "bw_geodesic",
+    "bw_log",
+    "bw_squared_distance",
     "dormant_fraction",
     "effective_learning_rate",
     "feature_divergence",
@@ -60,6 +84,7 @@ __all__ = [
     "ln_gru_cell",
     "ln_lstm_cell",
     "ln_rnn_cell",
+    "lyapunov",
     "normalize_and_project",
     "normalized_mlp",
     "power_norm",
@@ -67,7 +92,13 @@ __all__ = [
     "project",
     "project_scale_offset",
     "record_norms",
+    "reeig",
+    "riemannian_sgd",
     "rms_norm",
     "scale_by_norm_growth",
+    "spd_batch_norm",
+    "spd_function",
+    "spd_log",
+    "spd_power",
     "weight_norm",
 ]
