@@ -10,6 +10,14 @@ from jaxlab.distill.class_relation import (
     swapped_prediction_loss,
 )
 from jaxlab.distill.knowledge import distillation_loss, feature_loss
+from jaxlab.distill.leaf import (
+    confounding_mask,
+    leaf_loss,
+    mask_runs,
+    prune_tokens,
+    token_distillation_loss,
+    token_gradient_norms,
+)
 from jaxlab.distill.mcmi import (
     class_centroids,
     conditional_mutual_information,
@@ -46,6 +54,7 @@ __all__ = [
     "compose_grid",
     "compressed_bits",
     "conditional_mutual_information",
+    "confounding_mask",
     "cutmix",
     "differentiable_quantization",
     "discovery_targets",
@@ -54,10 +63,13 @@ __all__ = [
     "feature_loss",
     "few_shot_subset",
     "label_distances",
+    "leaf_loss",
+    "mask_runs",
     "match_grid",
     "mcmi_loss",
     "normalize_prototypes",
     "point_quantize",
+    "prune_tokens",
     "quantile_points",
     "quantized_distillation",
     "refine_non_critical",
@@ -65,6 +77,8 @@ __all__ = [
     "select_patches",
     "statistics_loss",
     "swapped_prediction_loss",
+    "token_distillation_loss",
+    "token_gradient_norms",
     "token_relation_loss",
     "uniform_quantize",
     "update_centroids",
