@@ -9,6 +9,7 @@ from jaxlab.distill.class_relation import (
     normalize_prototypes,
     swapped_prediction_loss,
 )
+from jaxlab.distill.deep_incubation import deep_incubation, interface_gap, stage_network
 from jaxlab.distill.knowledge import distillation_loss, feature_loss
 from jaxlab.distill.leaf import (
     confounding_mask,
@@ -56,12 +57,14 @@ __all__ = [
     "conditional_mutual_information",
     "confounding_mask",
     "cutmix",
+    "deep_incubation",
     "differentiable_quantization",
     "discovery_targets",
     "distance_loss",
     "distillation_loss",
     "feature_loss",
     "few_shot_subset",
+    "interface_gap",
     "label_distances",
     "leaf_loss",
     "mask_runs",
@@ -75,6 +78,7 @@ __all__ = [
     "refine_non_critical",
     "relation_matrix",
     "select_patches",
+    "stage_network",
     "statistics_loss",
     "swapped_prediction_loss",
     "token_distillation_loss",
