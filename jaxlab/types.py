@@ -125,19 +125,18 @@ def as_stateful(net: Layer | StatefulLayer | Callable[..., Any]) -> StatefulLaye
     """
     if isinstance(net, StatefulLayer):
 
-        def apply(params, state, *args, key=None, train=False, **keywords):
+        def apply_stateful(params, state, *args, key=None, train=False, **keywords):
             return net.apply(params, state, *args, **accepted(net.apply, key=key, train=train), **keywords)
 
-        return StatefulLayer(net.init, apply)
-    if isinstance(net, Layer):
-        init, call = (lambda key, *dims: (net.init(key, *dims), {})), net.apply
-    elif callable(net):
-        call = net
-
-        def init(key, *dims):
-            raise ValueError("net is a bare apply function, which has no init: pass params= to the learner's init")
-    else:
+        return StatefulLayer(net.init, apply_stateful)
+    call = net.apply if isinstance(net, Layer) else net
+    if not callable(call):
         raise TypeError(f"net must be a Layer, a StatefulLayer or a function (params, x), got {type(net).__name__}")
+
+    def init(key, *dims):
+        if not isinstance(net, Layer):
+            raise ValueError("net is a bare apply function, which has no init: pass params= to the learner's init")
+        return net.init(key, *dims), {}
 
     def apply(params, state, *args, key=None, train=False, **keywords):
         return call(params, *args, **accepted(call, key=key, train=train), **keywords), state

@@ -68,3 +68,16 @@ def test_every_public_name_has_a_conformance_case():
     missing = [name for name, thing in NAMES.items() if not (inspect.isclass(thing) or id(thing) in functions)]
     missing = sorted(set(missing) - covered)
     assert not missing, f"no conformance case: {', '.join(missing)}"
+
+
+def test_every_public_function_is_annotated():
+    """What editors show: every parameter has a type, and so has the result."""
+    bare = []
+    for name, thing in NAMES.items():
+        if inspect.isfunction(thing):
+            signature = inspect.signature(thing)
+            named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            names = [p.name for p in named if p.annotation is p.empty]
+            names += ["its result"] if signature.return_annotation is signature.empty else []
+            bare += [f"{name}: {', '.join(names)}"] if names else []
+    assert not bare, f"without a type: {'; '.join(bare)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -281,8 +282,7 @@ def command(args) -> int:
         if args.family is None and not args.stale:
             raise LookupError("which claims? Give keys, --family or --stale")
     results, failed = [], False
-    for i, paper in enumerate(chosen):
-        print(f"[{i + 1}/{len(chosen)}] {paper.key}", file=sys.stderr, flush=True)
+    for paper in _with_progress(chosen):
         try:
             result = run(paper, smoke=args.smoke)
         except LookupError:
@@ -308,6 +308,21 @@ def command(args) -> int:
             )
             print(f"{r['key']}: {r['verdict']} ({r['evidence']}){effect}  {r['reason']}  {r['seconds']} s")
     return int(failed)
+
+
+def _with_progress(chosen: Sequence[catalog.Paper]) -> Iterator[catalog.Paper]:
+    """Yields the papers, with a bar on a terminal and a line for each elsewhere."""
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        from tqdm import tqdm
+
+        bar = tqdm(chosen, unit="claim", file=sys.stderr, leave=False)
+        for paper in bar:
+            bar.set_description(paper.key)
+            yield paper
+        return
+    for i, paper in enumerate(chosen):
+        print(f"[{i + 1}/{len(chosen)}] {paper.key}", file=sys.stderr, flush=True)
+        yield paper
 
 
 def _plain(value: Any) -> Any:

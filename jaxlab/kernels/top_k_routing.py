@@ -153,7 +153,7 @@ def _check_groups(k: int, experts: int, groups: int | None, groups_kept: int | N
         if k % groups:
             raise ValueError(f"k={k} must be a multiple of groups={groups} with per_group")
         return
-    if not 1 <= groups_kept <= groups:
+    if groups_kept is None or not 1 <= groups_kept <= groups:
         raise ValueError(f"groups_kept={groups_kept} must be between 1 and groups={groups}")
     if k > groups_kept * size:
         raise ValueError(f"k={k} must be at most groups_kept * experts per group = {groups_kept * size}")

@@ -234,7 +234,8 @@ def transmil(num_classes: int, *, depth: int = 2, heads: int = 8) -> Layer:
 
     Returns:
         A `Layer` over instances [B, N, D] or [T, D]; its dict has `logits`, `embedding` and `attention` [B, N, heads]
-        or [T, heads], that of the class token in the first layer (without the token itself it sums to less than 1).
+        or [T, heads], that of the class token in the first layer (without the token itself it sums to less than 1), and
+        that layer's `values` [B, N, heads, D / heads] or [T, heads, D / heads].
         An empty bag gives what the class token alone gives.
 
     Raises:
@@ -277,11 +278,12 @@ def transmil(num_classes: int, *, depth: int = 2, heads: int = 8) -> Layer:
                 for u in (token, x)
             )
             from_token, from_x, weights = _attend_with_token(of_token, of_x, bags)
-            first = weights if first is None else first
+            first = (weights, of_x[..., 2, :, :]) if first is None else first
             token = token + out.apply(layer["out"], from_token.reshape(token.shape))
             x = zero_where_false(x + out.apply(layer["out"], from_x.reshape(x.shape)), bags.keep)
         pooled = norm.apply(params["norm"], token)
-        return {"logits": head.apply(params["head"], pooled), "embedding": pooled, "attention": first}
+        attended = {"attention": first[0], "values": first[1]}
+        return {"logits": head.apply(params["head"], pooled), "embedding": pooled, **attended}
 
     return bag_model(init, run)
 
@@ -412,10 +414,15 @@ def instance_encoder(
             return h
         if key is None:
             raise ValueError("dropout in training needs a key")
-        keep = jax.random.bernoulli(key, 1 - dropout, h.shape)
-        return jnp.where(keep, h / jnp.asarray(1 - dropout, h.dtype), jnp.zeros((), h.dtype))
+        return dropped(key, h, dropout)
 
     return Layer(project.init, apply)
+
+
+def dropped(key: Array, x: Array, rate: float) -> Array:
+    """Returns `x` with a share of `rate` set to 0 and the rest scaled up."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 def bag_model(init: Callable, run: Callable[[dict, Array, Bags], dict]) -> Layer:

@@ -188,6 +188,19 @@ class Bags:
         starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(self.count)[:-1].astype(jnp.int32)])
         return place - self.spread(starts)
 
+    def only(self, mask: Array) -> Bags:
+        """Returns the same bags with the instances outside `mask` as padding."""
+        keep = self.keep & mask
+        ids = None if self.segment_ids is None else jnp.where(keep, self.segment_ids, self.size)
+        return Bags(keep, ids, self.size)
+
+    def uniform(self, key: Array) -> Array:
+        """Returns float32 like `keep`, drawn from [0, 1); padding at the end of a bag leaves the others as they are."""
+        if self.segment_ids is not None:
+            return jax.random.uniform(key, self.keep.shape)
+        keys = jax.random.split(key, self.size)
+        return jax.vmap(lambda k: jax.random.uniform(k, self.keep.shape[1:]))(keys)
+
     def _total(self, x: Array) -> Array:
         if self.segment_ids is None:
             return jnp.sum(x, axis=1)

@@ -69,7 +69,7 @@ def transformer_block(
         if rotary:
             q, k = _rotated(q), _rotated(k)
         y = attention(q, k, v, causal=causal, q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
-        x = x + out.apply(params["out"], y.reshape(n, tokens, width))
+        x = x + out.apply(params["out"], jnp.reshape(y, (n, tokens, width)))
         flat = norm.apply(params["norm_ff"], x).reshape(n * tokens, width)
         y = feed_forward.apply(params["ff"], flat, **accepted(feed_forward.apply, key=key, train=train))
         y, plan = y if isinstance(y, tuple) else (y, None)

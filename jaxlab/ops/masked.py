@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def compute_dtype(*arrays) -> jnp.dtype:
+def compute_dtype(*arrays: Any) -> jnp.dtype:
     """Returns the dtype to accumulate in: float64 if any array has it, otherwise float32.
 
     Example:
@@ -52,7 +54,7 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(empty, jnp.zeros_like(quotient), quotient)
 
 
-def masked_sum(x: Array, where: Array | None = None, *, axis=None) -> Array:
+def masked_sum(x: Array, where: Array | None = None, *, axis: int | tuple[int, ...] | None = None) -> Array:
     """Returns the sum over `axis` of the entries that the mask keeps, accumulated in at least float32.
 
     Args:
@@ -69,7 +71,7 @@ def masked_sum(x: Array, where: Array | None = None, *, axis=None) -> Array:
     return jnp.sum(x, axis=axis, dtype=compute_dtype(x))
 
 
-def masked_mean(x: Array, where: Array | None = None, *, axis=None) -> Array:
+def masked_mean(x: Array, where: Array | None = None, *, axis: int | tuple[int, ...] | None = None) -> Array:
     """Returns the mean over `axis` of the entries that the mask keeps; nothing kept gives 0.
 
     Args:
@@ -123,7 +125,7 @@ def masked_softmax(x: Array, where: Array | None = None, *, axis: int = -1) -> A
     return safe_divide(exponential, jnp.sum(exponential, axis=axis, keepdims=True)).astype(dtype)
 
 
-def safe_normalize(x: Array, *, axis: int = -1, eps: float = 1e-12) -> Array:
+def safe_normalize(x: Array, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-12) -> Array:
     """Returns `x / max(norm(x), eps)` along `axis`; the zero vector stays zero, with zero gradient.
 
     The vector is scaled by its largest entry first, so that neither huge nor tiny vectors overflow in the square.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import Array
 
 from jaxlab.ops.collectives import global_mean
@@ -9,7 +11,12 @@ from jaxlab.ops.masked import zero_where_false
 
 
 def reduce_terms(
-    terms: Array, where: Array | None = None, *, reduction: str = "mean", axis_name: str | None = None, dtype=None
+    terms: Array,
+    where: Array | None = None,
+    *,
+    reduction: str = "mean",
+    axis_name: str | None = None,
+    dtype: Any = None,
 ) -> Array:
     """Returns the mean of a loss's terms over all shards, or the terms themselves.
 

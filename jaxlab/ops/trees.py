@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def tree_lerp(a: Any, b: Any, weight) -> Any:
+def tree_lerp(a: Any, b: Any, weight: float | Array) -> Any:
     """Returns `(1 - weight) * a + weight * b` leaf by leaf, in the dtypes of `a`.
 
     Example:
@@ -25,7 +25,7 @@ def tree_lerp(a: Any, b: Any, weight) -> Any:
     return jax.tree.map(mix, a, b)
 
 
-def ema_update(average: Any, params: Any, *, decay) -> Any:
+def ema_update(average: Any, params: Any, *, decay: float | Array) -> Any:
     """Returns the exponential moving average `decay * average + (1 - decay) * params`, without gradient.
 
     Args:

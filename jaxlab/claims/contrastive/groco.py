@@ -43,7 +43,7 @@ def views(key: jax.Array, x: jax.Array) -> jax.Array:
 
 def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
     """Returns the 20-nearest-neighbour accuracy on the test set after training without labels."""
-    steps, batch = (60, 64) if smoke else (300, 256)
+    steps, batch = (40, 48) if smoke else (300, 256)
     splits = [digits(seed) for seed in seeds]
     train_set, val, test = ({n: jnp.stack([s[i][n] for s in splits]) for n in ("x", "y")} for i in range(3))
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
@@ -53,6 +53,7 @@ def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
 
     arms, chosen, learnt = {}, {}, {}
     for name, configurations in CONFIGURATIONS.items():
+        configurations = configurations[-1:] if smoke else configurations
 
         def loss(params, batch, key, temperature, name=name):
             z = jax.vmap(lambda view: NET.apply(params, view))(views(key, batch["x"]))

@@ -37,7 +37,7 @@ def plain_rnn_cell(hidden: int):
 
 def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
     """Returns the test accuracy after 120 steps of batch 32, with and without layer normalisation."""
-    steps = 60 if smoke else 120
+    steps, rates = (60, RATES[2:3]) if smoke else (120, RATES)
     splits = [digits(seed) for seed in seeds]
     train_set, val, test = ({n: jnp.stack([s[i][n] for s in splits]) for n in ("x", "y")} for i in range(3))
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
@@ -65,9 +65,9 @@ def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
 
         over_seeds = jax.vmap(one, in_axes=(None, 0, 0, 0, 0))
         run = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None, None, None)))
-        on_val, on_test = (np.asarray(a) for a in run(jnp.asarray(RATES), keys, train_set, val, test))
+        on_val, on_test = (np.asarray(a) for a in run(jnp.asarray(rates), keys, train_set, val, test))
         best = int(on_val.mean(axis=1).argmax())
-        arms[name], chosen[name] = on_test[best].tolist(), RATES[best]
+        arms[name], chosen[name] = on_test[best].tolist(), rates[best]
         learnt[name] = bool(on_test[best].min() > 0.3)
     return Outcome(
         arms=arms, learnt=learnt, secondary={"learning rate": chosen}, data="scikit-learn digits, rows as 8 time steps"
