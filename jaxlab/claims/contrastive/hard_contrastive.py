@@ -71,7 +71,9 @@ def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
         results = run(plain, jnp.asarray(temperatures), keys, train_set, val, test)
         on_val, on_test, uniform, tolerant = (np.asarray(r) for r in results)
         best = int(on_val.mean(axis=1).argmax())
-        arms[name], learnt[name] = on_test[best].tolist(), bool(on_test[best].min() > 0.5)
+        # Neighbours in a collapsed embedding are nearly those of the pixels, so accuracy alone does not show learning.
+        spread = smoke or bool(uniform[best].max() < -0.1)
+        arms[name], learnt[name] = on_test[best].tolist(), spread and bool(on_test[best].min() > 0.5)
         secondary[name] = {
             "temperature": temperatures[best],
             "accuracy at each temperature": on_test.mean(axis=1).tolist(),
