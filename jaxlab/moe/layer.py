@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlab.kernels.expert_ffn import expert_ffn
+from jaxlab.ops.masked import zero_where_false
 from jaxlab.types import Array, Layer, RoutingPlan, StatefulLayer, as_stateful
 
 Dispatch = Callable[["Experts", Any, Array, RoutingPlan], Array]
@@ -94,7 +95,10 @@ def moe_layer(
         if plan.num_experts != experts.num_experts:
             raise ValueError(f"router has {plan.num_experts} experts, but experts has {experts.num_experts}")
         y = dispatch(experts, params["experts"], x, plan)
-        return (y if shared is None else y + shared.apply(params["shared"], x), plan), state
+        if shared is not None:
+            # A masked token that holds NaN must not reach the gradient of the shared weights.
+            y = y + shared.apply(params["shared"], zero_where_false(x, inputs.get("where")))
+        return (y, plan), state
 
     if isinstance(router, StatefulLayer):
         return StatefulLayer(init_both, apply_both)
