@@ -70,15 +70,15 @@ def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
 
     judge = jax.jit(jax.vmap(judge))
     arms, chosen, accuracies, secondary = {}, {}, {}, {}
-    for name, f in {"incubation": assembled, "end to end": end_to_end}.items():
+    for name, f in {"assembled": assembled, "end to end": end_to_end}.items():
         run = over_seeds(f)
         found = [run(rate, keys, train_set) for rate in rates]
-        nets = [result[0] if name == "incubation" else result for result in found]
+        nets = [result[0] if name == "assembled" else result for result in found]
         best = int(np.argmax([judge(params, val)[0].mean() for params in nets]))
         sure, right = judge(nets[best], test)
         arms[name], chosen[name] = np.asarray(sure).tolist(), rates[best]
         accuracies[name] = np.asarray(right).tolist()
-        if name == "incubation":
+        if name == "assembled":
             _, before, gap = found[best]
             secondary["accuracy before fine-tuning"] = np.asarray(judge(before, test)[1]).tolist()
             secondary["interface gap of each stage"] = np.asarray(gap).mean(axis=0).tolist()

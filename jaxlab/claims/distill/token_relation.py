@@ -25,7 +25,7 @@ from jaxlab.ops.layers import dense
 FRAMES, GRID, WIDTH, BATCH = 6, 4, 32, 16
 TOKENS = FRAMES * GRID * GRID
 RATES = (1e-3, 3e-3)
-ARMS = {"relations": (0.5, 0.0), "diffusion only": (0.0, 0.0), "token by token": (0.0, 0.5)}
+ARMS = {"diffusion and relations": (0.5, 0.0), "diffusion only": (0.0, 0.0), "token by token": (0.0, 0.5)}
 
 
 def videos(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
