@@ -35,3 +35,66 @@ def tpu_devices(topology: str) -> list:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # whatever the plugin raises
         raise RuntimeError(f"cannot compile for {topology}: pip install 'jaxlab[aot]' ({error})") from error
+
+
+def pallas():
+    """Returns the Pallas module, imported when the first kernel asks for it."""
+    from jax.experimental import pallas
+
+    return pallas
+
+
+def pallas_tpu():
+    """Returns Pallas for TPU (Mosaic)."""
+    from jax.experimental.pallas import tpu
+
+    return tpu
+
+
+def pallas_triton():
+    """Returns Pallas for GPU (Triton)."""
+    from jax.experimental.pallas import triton
+
+    return triton
+
+
+def tpu_interpreter(*, detect_races: bool = False):
+    """Returns what `interpret=` takes to run a TPU kernel on the CPU, memory spaces and copies included."""
+    return pallas_tpu().InterpretParams(detect_races=detect_races)
+
+
+def races_found() -> bool:
+    """Tells whether the last interpreted TPU kernel read or wrote memory while a copy was under way there."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
+
+
+def shape_like(shape: tuple[int, ...], dtype, *arrays) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a kernel's result, which varies over the mesh axes over which any of `arrays` does."""
+    axes = frozenset().union(*(varying_axes(x) for x in arrays))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = next(getattr(jax.typeof(x), "manual_axis_type", None) for x in arrays if varying_axes(x))
+    if kind is None:
+        return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kind)(varying=axes))
+
+
+def gpu_devices(config: str) -> list:
+    """Returns the device of a GPU that is described by a target configuration in text form, to compile for.
+
+    Raises:
+        RuntimeError: JAX's CUDA plugin is not installed, or JAX was not told to run on the CPU.
+    """
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=config, topology="1x1x1"
+        )
+        return list(topology.devices)
+    except Exception as error:  # whatever the plugin raises
+        raise RuntimeError(
+            f"cannot compile for a GPU: pip install 'jaxlab[aot]', JAX_PLATFORMS=cpu ({error})"
+        ) from error

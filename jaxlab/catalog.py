@@ -41,6 +41,7 @@ __all__ = [
     "AmbiguousPaper",
     "Paper",
     "UnknownPaper",
+    "bench_table",
     "bibtex",
     "card",
     "claim_hash",
@@ -82,6 +83,7 @@ FAMILIES = (
 )
 EVIDENCE = ("paper", "scaled", "proxy", "mechanics")
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
+BENCH_BEGIN, BENCH_END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 class UnknownPaper(LookupError):
@@ -348,6 +350,34 @@ def family_table() -> str:
     return "\n".join(lines)
 
 
+def bench_table() -> str:
+    """Returns the newest recorded run of every benchmark as a Markdown table, with what it was measured on."""
+    results = _root().joinpath("bench", "results")
+    found = results.iterdir() if results.is_dir() else ()
+    files = sorted((file for file in found if file.name.endswith(".json")), key=lambda file: file.name)
+    runs = [json.loads(file.read_text(encoding="utf-8"))[-1] for file in files]
+    if not runs:
+        return "Nothing is recorded yet."
+    lines = [
+        "| kernel | sizes | pass | time / peer's time | peer | of the ceiling's rate | MiB, peer's MiB |",
+        "| --- | --- | --- | ---: | --- | ---: | --- |",
+    ]
+    for row in (row for run in runs for row in run["rows"]):
+        sizes = ", ".join(f"{name} {value}" for name, value in row["params"].items() if name != "pass")
+        ceiling = "" if row["ceiling_fraction"] is None else f"{row['ceiling_fraction']:.2f}"
+        memory = f"{row['temp_bytes'] / 2**20:.1f}, {row['peer_temp_bytes'] / 2**20:.1f}"
+        cells = [f"`{row['case']}`", sizes, row["params"]["pass"], f"{row['ratio']:.2f}", row["peer"], ceiling, memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    about = runs[0]
+    lines += [
+        "",
+        f"Medians of {about['rounds']} interleaved rounds on {about['machine']}, JAX {about['versions']['jax']}, "
+        f"{about['date'][:10]}; a float32 matrix product ran at {about['matmul_gflops']:.0f} GFLOP/s. "
+        "Again: `jaxlab bench NAME`.",
+    ]
+    return "\n".join(lines)
+
+
 def family_readme(family: str) -> str:
     """Returns the text of `jaxlab/<family>/README.md`: the family's docstring, then a row per paper."""
     about = _docstring(_root().joinpath(family, "__init__.py")) or ""
@@ -511,10 +541,12 @@ def _generated(package: Path) -> dict[Path, str]:
     readme = package.parent / "README.md"
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if begin and end:
-            files[readme] = f"{before}{BEGIN}\n{family_table()}\n{END}{after}"
+        for (start, stop), table_of in (((BEGIN, END), family_table), ((BENCH_BEGIN, BENCH_END), bench_table)):
+            before, begin, rest = text.partition(start)
+            _, end, after = rest.partition(stop)
+            if begin and end:
+                text = f"{before}{start}\n{table_of()}\n{stop}{after}"
+        files[readme] = text
     return files
 
 

@@ -1,4 +1,4 @@
-"""The command `jaxlab`: train, eval, papers, show, cite, claim, doctor."""
+"""The command `jaxlab`: train, eval, papers, show, cite, claim, bench, doctor."""
 
 from __future__ import annotations
 
@@ -63,6 +63,13 @@ def build_parser() -> Parser:
     p.add_argument("--stale", action="store_true", help="those whose code changed since they were recorded")
     p.add_argument("--record", action="store_true", help="write the result beside the claim")
     p.add_argument("--smoke", action="store_true", help="seconds instead of a minute; no verdict")
+    p.add_argument("--json", action="store_true")
+
+    p = commands.add_parser("bench", help="time a kernel against its ceiling, the naive form and its peer")
+    p.add_argument("name", metavar="NAME")
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--quick", action="store_true", help="small sizes: tries the machinery, says nothing of speed")
+    p.add_argument("--record", action="store_true", help="append the run to jaxlab/bench/results")
     p.add_argument("--json", action="store_true")
 
     p = commands.add_parser("doctor", help="what this machine has, and whether the kernels agree on it")
@@ -206,6 +213,13 @@ def command_claim(args: argparse.Namespace) -> int:
     return harness.command(args)
 
 
+def command_bench(args: argparse.Namespace) -> int:
+    """Times a kernel."""
+    from jaxlab.bench import kernels, runner
+
+    return runner.command(args, kernels.BENCHES)
+
+
 def command_doctor(args: argparse.Namespace) -> int:
     """Runs every kernel on the devices present and says how far its implementations differ."""
     from jaxlab.engine import doctor
@@ -221,6 +235,7 @@ COMMANDS = {
     "show": command_show,
     "cite": command_cite,
     "claim": command_claim,
+    "bench": command_bench,
     "doctor": command_doctor,
 }
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 OPTIMISED = os.environ.get("JAXLAB_TEST_OPTIMISED") == "1"
+AOT = os.environ.get("JAXLAB_TEST_AOT") == "1"
 flags = ["--xla_force_host_platform_device_count=8"]
 if not OPTIMISED:
     flags.append("--xla_backend_optimization_level=0")
@@ -29,8 +30,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves the tests of compiled programs to the subprocess that runs at the default optimisation level."""
-    wanted = [item for item in items if (item.get_closest_marker("optimised") is not None) == OPTIMISED]
+    """Leaves tests of compiled programs to the subprocess at the default level, and those for other devices to CI."""
+
+    def marked(item, name):
+        return item.get_closest_marker(name) is not None
+
+    wanted = [i for i in items if marked(i, "aot") == AOT and (AOT or marked(i, "optimised") == OPTIMISED)]
     if len(wanted) != len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted

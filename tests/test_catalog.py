@@ -401,6 +401,27 @@ def test_write_then_check(tree, capsys):
     }
 
 
+def test_the_bench_table_is_that_of_the_newest_runs(tree):
+    assert catalog.bench_table() == "Nothing is recorded yet."
+    row = {
+        "case": "scan",
+        "params": {"L": 8, "pass": "fwd"},
+        "ratio": 0.5,
+        "peer": "lax.scan",
+        "ceiling_fraction": None,
+    }
+    row |= {"temp_bytes": 2**20, "peer_temp_bytes": 2**21}
+    run = {"rounds": 9, "machine": "two cores", "versions": {"jax": "0"}, "date": "2026-01-01T", "matmul_gflops": 4.0}
+    (tree / "bench" / "results").mkdir(parents=True)
+    runs = [{**run, "rows": [{**row, "ratio": 0.9}]}, {**run, "rows": [row]}]
+    (tree / "bench" / "results" / "scan.json").write_text(json.dumps(runs))
+    assert "| `scan` | L 8 | fwd | 0.50 | lax.scan |  | 1.0, 2.0 |" in catalog.bench_table()
+    (tree.parent / "README.md").write_text(f"a\n{catalog.BENCH_BEGIN}\nold\n{catalog.BENCH_END}\nb\n")
+    assert catalog.main(["--write"]) == 0
+    text = (tree.parent / "README.md").read_text()
+    assert text == f"a\n{catalog.BENCH_BEGIN}\n{catalog.bench_table()}\n{catalog.BENCH_END}\nb\n"
+
+
 def test_a_readme_without_the_markers_is_left_alone(tree):
     (tree.parent / "README.md").write_text(f"nothing {catalog.BEGIN} to fill\n")
     assert catalog.main(["--write"]) == 0

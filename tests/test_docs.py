@@ -76,7 +76,8 @@ def test_every_public_function_is_annotated():
     for name, thing in NAMES.items():
         if inspect.isfunction(thing):
             signature = inspect.signature(thing)
-            names = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+            named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            names = [p.name for p in named if p.annotation is p.empty]
             names += ["its result"] if signature.return_annotation is signature.empty else []
             bare += [f"{name}: {', '.join(names)}"] if names else []
     assert not bare, f"without a type: {'; '.join(bare)}"

@@ -252,7 +252,7 @@ def record(paper: catalog.Paper, result: Mapping[str, Any], *, directory: Path |
         kept = ("date", "hash", "verdict", "effect", "interval", "seconds", "arms", "seeds")
         history = [*old.pop("history", []), {name: old.get(name) for name in kept}]
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps({**result, "history": history}, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps({**result, "history": history}, indent=1) + "\n")
     os.replace(temporary, path)
     return path
 

@@ -3,10 +3,56 @@
 Start with `info_nce_loss` (two views, one direction) or `nt_xent_loss` (SimCLR: any number of views, all directions).
 `groco_multiview_loss` orders positives before the hardest negatives instead of a softmax over all of them: try it where
 nearest neighbours are what you use the embeddings for; `groco_loss` is the same with positives and negatives of your
-own. All take `axis_name` and then use the negatives of all devices.
+own. `hard_contrastive_loss` keeps only the hardest negatives in the softmax, and `uniformity`, `tolerance` and
+`alignment` tell what the temperature does to the embeddings. `matryoshka_loss` and `matryoshka_contrastive_loss` make
+every prefix of an embedding a good one, for `adaptive_classify` and `funnel_search`. All losses take `axis_name` and
+then use the negatives of all devices.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
+from jaxlab.contrastive.hard_contrastive import (
+    alignment,
+    hard_contrastive_loss,
+    penalty_entropy,
+    relative_penalty,
+    simple_contrastive_loss,
+    tolerance,
+    uniformity,
+)
 from jaxlab.contrastive.info_nce import info_nce_loss, nt_xent_loss
+from jaxlab.contrastive.matryoshka_representation import (
+    adaptive_classify,
+    funnel_search,
+    matryoshka_contrastive_loss,
+    matryoshka_head,
+    matryoshka_loss,
+    mean_average_precision,
+    nesting_dims,
+    prefix_search,
+    retrieval_cost,
+    tune_thresholds,
+)
 
-__all__ = ["groco_loss", "groco_multiview_loss", "info_nce_loss", "nt_xent_loss"]
+__all__ = [
+    "adaptive_classify",
+    "alignment",
+    "funnel_search",
+    "groco_loss",
+    "groco_multiview_loss",
+    "hard_contrastive_loss",
+    "info_nce_loss",
+    "matryoshka_contrastive_loss",
+    "matryoshka_head",
+    "matryoshka_loss",
+    "mean_average_precision",
+    "nesting_dims",
+    "nt_xent_loss",
+    "penalty_entropy",
+    "prefix_search",
+    "relative_penalty",
+    "retrieval_cost",
+    "simple_contrastive_loss",
+    "tolerance",
+    "tune_thresholds",
+    "uniformity",
+]

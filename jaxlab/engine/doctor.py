@@ -14,14 +14,16 @@ import numpy as np
 
 from jaxlab import kernels
 
+PALLAS = ("grouped_matmul",)
 PACKAGES = ("jaxlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
 def examine() -> dict[str, Any]:
-    """Returns versions, devices, and for each kernel the error of `xla` against `reference` and both times.
+    """Returns versions, devices, and for each kernel errors against `reference` and times.
 
     The error is the largest difference of values and gradients, relative to the largest entry; implementations agree
-    below 1e-4 in float32 (1e-2 on devices that multiply float32 in fewer bits).
+    below 1e-4 in float32 (1e-2 on devices that multiply float32 in fewer bits). A Pallas form runs where the default
+    device is one that it is written for.
     """
     devices = jax.devices()
     return {
@@ -39,9 +41,11 @@ def render(report: dict[str, Any]) -> str:
     lines.append(", ".join(f"{name} {v}" for name, v in report["versions"].items()))
     for row in report["kernels"]:
         verdict = "agrees" if row["agrees"] else "DIFFERS"
+        pallas = {None: "no pallas form yet", False: "pallas form not for this device"}.get(row["pallas"])
+        pallas = pallas or f"pallas {row['pallas_ms']:.2f} ms"
         lines.append(
-            f"{row['kernel']:<16} xla {verdict} with reference (error {row['error']:.1e}); "
-            f"forward and backward {row['xla_ms']:.2f} ms against {row['reference_ms']:.2f} ms; no pallas form yet"
+            f"{row['kernel']:<16} {verdict} with reference (error {row['error']:.1e}); forward and backward "
+            f"{row['xla_ms']:.2f} ms against {row['reference_ms']:.2f} ms; {pallas}"
         )
     return "\n".join(lines)
 
@@ -115,7 +119,9 @@ def _cases():
 
 def _compare(name: str, make, tolerance: float) -> dict[str, Any]:
     results, times = {}, {}
-    for form in ("reference", "xla"):
+    # Whether there is a Pallas form (None: no), and whether it runs on the default device.
+    pallas = jax.default_backend() in ("tpu", "gpu") if name in PALLAS else None
+    for form in ("reference", "xla", *(["pallas"] if pallas else [])):
         function, args = make(form)
         run = jax.jit(jax.value_and_grad(function, argnums=tuple(range(len(args)))))
         results[form] = jax.block_until_ready(run(*args))
@@ -125,7 +131,8 @@ def _compare(name: str, make, tolerance: float) -> dict[str, Any]:
             jax.block_until_ready(run(*args))
             samples.append(time.perf_counter() - began)
         times[form] = 1e3 * float(np.median(samples))
-    pairs = zip(jax.tree.leaves(results["xla"]), jax.tree.leaves(results["reference"]), strict=True)
+    right = jax.tree.leaves(results.pop("reference"))
+    pairs = [pair for result in results.values() for pair in zip(jax.tree.leaves(result), right, strict=True)]
     error = max(float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-6)) for a, b in pairs)
     return {
         "kernel": name,
@@ -133,4 +140,6 @@ def _compare(name: str, make, tolerance: float) -> dict[str, Any]:
         "agrees": error < tolerance,
         "xla_ms": times["xla"],
         "reference_ms": times["reference"],
+        "pallas": pallas,
+        "pallas_ms": times.get("pallas"),
     }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
 
 CHOICES = ("auto", "reference", "xla", "pallas")
 VARIABLE = "JAXLAB_KERNELS"
@@ -13,7 +16,7 @@ def choose(name: str, implementation: str = "auto", available: Sequence[str] = (
     """Returns the implementation of kernel `name` that is to run.
 
     An `implementation` other than `"auto"` overrides the environment variable `JAXLAB_KERNELS`, which overrides
-    `"auto"`; what is still `"auto"` then is `"xla"`.
+    `"auto"`; what is still `"auto"` then is `"xla"` for a kernel without a Pallas form.
 
     Args:
         name: public name of the kernel, for messages.
@@ -21,7 +24,7 @@ def choose(name: str, implementation: str = "auto", available: Sequence[str] = (
         available: the implementations that the kernel has.
 
     Returns:
-        One of `available`.
+        One of `available`, or "auto" if "pallas" is one of them: `by_platform` then chooses as the program is lowered.
 
     Raises:
         ValueError: the name is unknown, or the kernel has no such implementation.
@@ -37,7 +40,7 @@ def choose(name: str, implementation: str = "auto", available: Sequence[str] = (
     if implementation not in CHOICES:
         raise ValueError(f"{source} of {name} must be one of {', '.join(map(repr, CHOICES))}")
     if implementation == "auto":
-        return "xla"
+        return "auto" if "pallas" in available else "xla"
     if implementation not in available:
         usable = [repr(choice) for choice in CHOICES if choice == "auto" or choice in available]
         raise ValueError(
@@ -45,3 +48,15 @@ def choose(name: str, implementation: str = "auto", available: Sequence[str] = (
             f"use {', '.join(usable[:-1])} or {usable[-1]}"
         )
     return implementation
+
+
+def by_platform(chosen: str, xla: Callable[..., Any], tpu: Callable[..., Any], cuda: Callable[..., Any]):
+    """Returns the function that runs `xla`, or the kernel of the platform that the program is lowered for.
+
+    With "pallas" there is no way around the kernels: lowering for another platform raises. Nothing is asked of the
+    devices that are present, so a program can be compiled for a platform that is not.
+    """
+    if chosen == "xla":
+        return xla
+    others = {"default": xla} if chosen == "auto" else {}
+    return lambda *args: jax.lax.platform_dependent(*args, tpu=tpu, cuda=cuda, **others)

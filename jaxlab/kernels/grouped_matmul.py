@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.kernels._select import choose
+from jaxlab.kernels._grouped_pallas import FORMS
+from jaxlab.kernels._select import by_platform, choose
 from jaxlab.kernels._tiles import cascade, dot, pack, unpack
 from jaxlab.ops.collectives import match_varying
 from jaxlab.ops.masked import compute_dtype
@@ -31,7 +32,8 @@ def grouped_matmul(
         rhs: [E, K, N], or [E, N, K] with `transpose_rhs`.
         group_sizes: int [E], at least 0; what exceeds M in their sum does not count.
         transpose_rhs: whether the last two axes of `rhs` stand the other way round.
-        implementation: "auto", "reference" (every group's matrix on every row) or "xla" (only what the sizes ask for).
+        implementation: "reference" (every group's matrix on every row), "xla" (only what the sizes ask for), "pallas"
+            (kernels for TPU and GPU) or "auto" (the kernel on its platforms, elsewhere "xla").
 
     Returns:
         [M, N] in the dtype of `lhs`.
@@ -45,7 +47,7 @@ def grouped_matmul(
         >>> grouped_matmul(jnp.ones((4, 1)), rhs, jnp.array([2, 0, 1])).ravel().tolist()
         [1.0, 1.0, 100.0, 0.0]
     """
-    chosen = choose("grouped_matmul", implementation, ("reference", "xla"))
+    chosen = choose("grouped_matmul", implementation, ("reference", "xla", "pallas"))
     axis = 2 if transpose_rhs else 1
     if lhs.ndim != 2 or rhs.ndim != 3 or rhs.shape[axis] != lhs.shape[1]:
         form = "[E, N, K]" if transpose_rhs else "[E, K, N]"
@@ -59,7 +61,7 @@ def grouped_matmul(
     if chosen == "reference":
         return rows_mixed(functools.partial(_reference, transpose_rhs=transpose_rhs))(*args)
     tiles = tuple(size for size in _TILES if size <= rows) or (rows,)
-    return rows_mixed(functools.partial(_xla, transpose_rhs=transpose_rhs, tiles=tiles))(*args)
+    return rows_mixed(functools.partial(_sorted, transpose_rhs=transpose_rhs, tiles=tiles, chosen=chosen))(*args)
 
 
 @functools.partial(jax.jit, static_argnames=("transpose_rhs",))
@@ -74,17 +76,16 @@ def _reference(lhs, rhs, sizes, *, transpose_rhs):
     return jnp.einsum("me,emn->mn", member.astype(dtype), each).astype(lhs.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("transpose_rhs", "tiles"))
-def _xla(lhs, rhs, sizes, *, transpose_rhs, tiles):
+@functools.partial(jax.jit, static_argnames=("transpose_rhs", "tiles", "chosen"))
+def _sorted(lhs, rhs, sizes, *, transpose_rhs, tiles, chosen):
     sizes = jnp.maximum(sizes, 0)
     ends = jnp.minimum(jnp.cumsum(sizes), lhs.shape[0])
-    return _grouped((transpose_rhs, tiles), lhs, rhs, jnp.diff(ends, prepend=0))
+    return _grouped((transpose_rhs, tiles, chosen), lhs, rhs, jnp.diff(ends, prepend=0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(static, lhs, rhs, sizes):
-    # Under vmap the loops' trip counts would become those of the longest member, and their slices gathers.
-    return jax.custom_batching.sequential_vmap(functools.partial(_forward, static))(lhs, rhs, sizes)
+    return _product(static)(lhs, rhs, sizes)
 
 
 def _grouped_forward(static, *args):
@@ -92,19 +93,34 @@ def _grouped_forward(static, *args):
 
 
 def _grouped_backward(static, saved, dy):
-    transpose_rhs, tiles = static
+    transpose_rhs, tiles, chosen = static
     lhs, rhs, sizes = saved
-    d_lhs = jax.custom_batching.sequential_vmap(functools.partial(_forward, (not transpose_rhs, tiles)))(dy, rhs, sizes)
-    d_rhs = jax.custom_batching.sequential_vmap(functools.partial(_outer, static))(lhs, rhs, sizes, dy)
+    d_lhs = _product((not transpose_rhs, tiles, chosen))(dy, rhs, sizes)
+    left, right = (dy, lhs) if transpose_rhs else (lhs, dy)
+    d_rhs = _outer_product(static, rhs.dtype)(left, right, sizes)
     return d_lhs.astype(lhs.dtype), d_rhs, None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _forward(static, lhs, rhs, sizes):
+def _product(static):
+    transpose_rhs, tiles, chosen = static
+    kernels = {p: functools.partial(product, transpose_rhs=transpose_rhs) for p, (product, _) in FORMS.items()}
+    xla = functools.partial(_forward, transpose_rhs=transpose_rhs, tiles=tiles)
+    # Under vmap the loops' trip counts would become those of the longest member, and their slices gathers.
+    return jax.custom_batching.sequential_vmap(by_platform(chosen, xla, **kernels))
+
+
+def _outer_product(static, dtype):
+    _, tiles, chosen = static
+    kernels = {p: functools.partial(outer, dtype=dtype) for p, (_, outer) in FORMS.items()}
+    xla = functools.partial(_outer, dtype=dtype, tiles=tiles)
+    return jax.custom_batching.sequential_vmap(by_platform(chosen, xla, **kernels))
+
+
+def _forward(lhs, rhs, sizes, *, transpose_rhs, tiles):
     """Writes group by group; the tail of a group's last tile lies in the next group, which writes it afterwards."""
-    transpose_rhs, tiles = static
     dtype, rows = compute_dtype(lhs), lhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     bits = pack(jnp.pad(lhs, ((0, tiles[-1]), (0, 0))))
@@ -126,10 +142,9 @@ def _forward(static, lhs, rhs, sizes):
     return jnp.where(inside, unpack(out, lhs.dtype)[:rows], jnp.zeros((), lhs.dtype))
 
 
-def _outer(static, lhs, rhs, sizes, dy):
-    """Returns for each group `lhs_e^T dy_e`, in the orientation and dtype of `rhs`."""
-    transpose_rhs, tiles = static
-    dtype = compute_dtype(lhs)
+def _outer(lhs, dy, sizes, *, dtype, tiles):
+    """Returns for each group `lhs_e^T dy_e`."""
+    wide = compute_dtype(lhs)
     lhs_bits, dy_bits = (pack(jnp.pad(a, ((0, tiles[-1]), (0, 0)))) for a in (lhs, dy))
 
     def group(_, xs):
@@ -138,14 +153,13 @@ def _outer(static, lhs, rhs, sizes, dy):
         def tile(height, done, total):
             mine = (jnp.arange(height) < size - done)[:, None]
             x, g = (
-                jnp.where(mine, unpack(jax.lax.dynamic_slice_in_dim(b, first + done, height), a.dtype), 0)
-                for a, b in ((lhs, lhs_bits), (dy, dy_bits))
+                jnp.where(mine, unpack(jax.lax.dynamic_slice_in_dim(b, first + done, height), lhs.dtype), 0)
+                for b in (lhs_bits, dy_bits)
             )
-            x, g = x.astype(lhs.dtype), g.astype(lhs.dtype)
-            return total + (dot(g, x, 0, 0, dtype) if transpose_rhs else dot(x, g, 0, 0, dtype))
+            return total + dot(x.astype(lhs.dtype), g.astype(lhs.dtype), 0, 0, wide)
 
-        zeros = match_varying(jnp.zeros(rhs.shape[1:], dtype), lhs)[0]
-        return None, cascade(tiles, size, tile, zeros).astype(rhs.dtype)
+        zeros = match_varying(jnp.zeros((lhs.shape[1], dy.shape[1]), wide), lhs)[0]
+        return None, cascade(tiles, size, tile, zeros).astype(dtype)
 
     _, d_rhs = jax.lax.scan(group, None, (jnp.cumsum(sizes) - sizes, sizes))
     return d_rhs

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlab.kernels.expert_ffn import expert_ffn
-from jaxlab.types import Array, Layer, RoutingPlan, accepted
+from jaxlab.ops.masked import zero_where_false
+from jaxlab.types import Array, Layer, RoutingPlan, StatefulLayer, as_stateful
 
 Dispatch = Callable[["Experts", Any, Array, RoutingPlan], Array]
 
@@ -55,16 +56,21 @@ def dropless() -> Dispatch:
     return lambda experts, params, x, plan: experts.apply(params, x, plan)
 
 
-def moe_layer(router: Layer, experts: Experts, *, dispatch: Dispatch | None = None) -> Layer:
+def moe_layer(
+    router: Layer | StatefulLayer, experts: Experts, *, dispatch: Dispatch | None = None, shared: Layer | None = None
+) -> Layer | StatefulLayer:
     """Returns a mixture-of-experts layer: the router makes a plan, the dispatch carries it out.
 
     Args:
-        router: `Layer` whose `apply` gives a `RoutingPlan`.
+        router: `Layer` or `StatefulLayer` whose `apply` gives a `RoutingPlan`.
         experts: what the plan's assignments go to.
         dispatch: how they get there; default `dropless()`.
+        shared: layer d -> d that sees every token and is added (shared experts).
 
     Returns:
-        A `Layer`: `init(key, d)`, `apply(params, x [T, d], key=None, train=False)` gives `(y [T, d], plan)`.
+        A `Layer`: `init(key, d)`, `apply(params, x [T, d], key=None, train=False, ...)` gives `(y [T, d], plan)`; with
+        a stateful router a `StatefulLayer`: `init` gives parameters and state, `apply(params, state, x, ...)` gives
+        `((y, plan), state)`. Further keywords (`where`, `ids`) go to the router.
 
     Example:
         >>> from jaxlab import moe
@@ -74,15 +80,33 @@ def moe_layer(router: Layer, experts: Experts, *, dispatch: Dispatch | None = No
         (5, 6)
     """
     dispatch = dropless() if dispatch is None else dispatch
+    routing = as_stateful(router)
 
-    def init(key, size):
+    def init_both(key, size):
         key_router, key_experts = jax.random.split(key)
-        return {"router": router.init(key_router, size), "experts": experts.init(key_experts, size)}
+        router_params, state = routing.init(key_router, size)
+        params = {"router": router_params, "experts": experts.init(key_experts, size)}
+        if shared is not None:
+            params["shared"] = shared.init(jax.random.fold_in(key_experts, 1), size)
+        return params, state
 
-    def apply(params, x, *, key=None, train=False):
-        plan = router.apply(params["router"], x, **accepted(router.apply, key=key, train=train))
+    def apply_both(params, state, x, *, key=None, train=False, **inputs):
+        plan, state = routing.apply(params["router"], state, x, key=key, train=train, **inputs)
         if plan.num_experts != experts.num_experts:
             raise ValueError(f"router has {plan.num_experts} experts, but experts has {experts.num_experts}")
-        return dispatch(experts, params["experts"], x, plan), plan
+        y = dispatch(experts, params["experts"], x, plan)
+        if shared is not None:
+            # A masked token that holds NaN must not reach the gradient of the shared weights.
+            y = y + shared.apply(params["shared"], zero_where_false(x, inputs.get("where")))
+        return (y, plan), state
+
+    if isinstance(router, StatefulLayer):
+        return StatefulLayer(init_both, apply_both)
+
+    def init(key, size):
+        return init_both(key, size)[0]
+
+    def apply(params, x, *, key=None, train=False, **inputs):
+        return apply_both(params, {}, x, key=key, train=train, **inputs)[0]
 
     return Layer(init, apply)

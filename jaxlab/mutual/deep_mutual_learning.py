@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlab.ops.collectives import all_mean, axis_index, axis_size, gather_rows, global_mean, value_and_grad
+from jaxlab.mutual.peers import as_outputs, ensemble_probs, example_dims, peer_ids, peer_keys
+from jaxlab.ops.collectives import all_mean, gather_rows, global_mean, value_and_grad
 from jaxlab.ops.masked import compute_dtype, zero_where_false
 from jaxlab.types import Layer, Learner, LearnerState, StatefulLayer, as_stateful
 
@@ -122,27 +123,18 @@ def deep_mutual_learning(
         raise ValueError(f"num_peers={num_peers} must be at least 1")
     net = as_stateful(net)
 
-    def local_ids():
-        shards = axis_size(axis_name)
-        if num_peers % shards:
-            raise ValueError(f"num_peers={num_peers} must be divisible by the size {shards} of axis {axis_name!r}")
-        local = num_peers // shards
-        return axis_index(axis_name) * local + jnp.arange(local)
-
-    def peer_keys(key):
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(local_ids())
-
     def init(key, batch, *, params=None):
-        example = jax.ShapeDtypeStruct(batch["x"].shape[1:], batch["x"].dtype)
-        dims = example.shape[0] if len(example.shape) == 1 else example
-        made, net_state = jax.vmap(lambda k: net.init(k, dims))(peer_keys(key)) if params is None else (params, {})
+        keys = peer_keys(key, peer_ids(num_peers, axis_name=axis_name))
+        dims = example_dims(batch["x"])
+        made, net_state = jax.vmap(lambda k: net.init(k, dims))(keys) if params is None else (params, {})
         return LearnerState(made, net_state, jax.vmap(optimizer.init)(made), jnp.zeros((), jnp.int32))
 
     def update(state, batch, key):
         where = batch.get("where")
         where = jnp.ones(batch["y"].shape, bool) if where is None else where
         x, y = zero_where_false(batch["x"], where), batch["y"]
-        ids, keys = local_ids(), peer_keys(key)
+        ids = peer_ids(num_peers, axis_name=axis_name)
+        keys = peer_keys(key, ids)
         labelled = where & (y >= 0)
         strength = weight(state.step) if callable(weight) else weight
 
@@ -150,7 +142,7 @@ def deep_mutual_learning(
             outputs, net_state = jax.vmap(lambda p, s, k: net.apply(p, s, x, key=k, train=True), out_axes=0)(
                 params, state.net_state, keys
             )
-            outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
+            outputs = as_outputs(outputs)
             logits = outputs["logits"]
             everyone = gather_rows(jax.lax.stop_gradient(logits), axis_name)
 
@@ -189,8 +181,7 @@ def deep_mutual_learning(
 
     def predict(state, batch):
         outputs, _ = jax.vmap(lambda p, s: net.apply(p, s, batch["x"], train=False))(state.params, state.net_state)
-        outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
-        probs = jax.nn.softmax(gather_rows(outputs["logits"], axis_name).astype(jnp.float32))
-        return {**outputs, "probs": jnp.mean(probs, axis=0)}
+        outputs = as_outputs(outputs)
+        return {**outputs, "probs": ensemble_probs(outputs["logits"], axis_name=axis_name)}
 
     return Learner(init, update, predict)

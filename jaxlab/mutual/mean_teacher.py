@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlab.ops.collectives import all_mean, axis_index, axis_size, gather_rows, global_mean, value_and_grad
+from jaxlab.mutual.peers import as_outputs, ensemble_probs, example_dims, peer_ids, peer_keys
+from jaxlab.ops.collectives import all_mean, gather_rows, global_mean, value_and_grad
 from jaxlab.ops.masked import compute_dtype, zero_where_false
 from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.trees import ema_update
@@ -117,40 +118,30 @@ def mean_teacher(
 
     criterion = supervised if objective is None else objective
 
-    def local_ids():
-        shards = axis_size(axis_name)
-        if num_peers % shards:
-            raise ValueError(f"num_peers={num_peers} must be divisible by the size {shards} of axis {axis_name!r}")
-        local = num_peers // shards
-        return axis_index(axis_name) * local + jnp.arange(local)
-
-    def peer_keys(key):
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(local_ids())
-
     def forward(params, net_state, x, keys, view_keys):
         def one(params, net_state, key, view_key):
             seen = x if augment is None else augment(view_key, x)
             return net.apply(params, net_state, seen, key=key, train=True)
 
         outputs, net_state = jax.vmap(one)(params, net_state, keys, view_keys)
-        return outputs if isinstance(outputs, dict) else {"logits": outputs}, net_state
+        return as_outputs(outputs), net_state
 
     def init(key, batch, *, params=None, net_state=None):
         if params is None:
-            example = jax.ShapeDtypeStruct(batch["x"].shape[1:], batch["x"].dtype)
-            dims = example.shape[0] if len(example.shape) == 1 else example
-            params, net_state = jax.vmap(lambda k: net.init(k, dims))(peer_keys(key))
+            keys, dims = peer_keys(key, peer_ids(num_peers, axis_name=axis_name)), example_dims(batch["x"])
+            params, net_state = jax.vmap(lambda k: net.init(k, dims))(keys)
         net_state = {} if net_state is None else net_state
-        opt_state = jax.vmap(optimizer.init)(params)
-        return MeanTeacherState(params, net_state, opt_state, jnp.zeros((), jnp.int32), params, net_state)
+        # The average is a copy: a caller that donates the state gives every buffer away once.
+        teacher = jax.tree.map(jnp.copy, (params, net_state))
+        return MeanTeacherState(params, net_state, jax.vmap(optimizer.init)(params), jnp.zeros((), jnp.int32), *teacher)
 
     def update(state, batch, key):
         where = batch.get("where")
         where = jnp.ones(batch["y"].shape, bool) if where is None else where
         x, y = zero_where_false(batch["x"], where), batch["y"]
         full = {**batch, "x": x, "where": where}
-        ids = local_ids()
-        keys = jax.vmap(lambda k: jax.random.split(k, 4))(peer_keys(key))
+        ids = peer_ids(num_peers, axis_name=axis_name)
+        keys = jax.vmap(lambda k: jax.random.split(k, 4))(peer_keys(key, ids))
         own_keys, teacher_keys, views, other_views = (keys[:, i] for i in range(4))
         seen = views if num_peers > 1 else other_views
         taught, teacher_state = forward(state.teacher_params, state.teacher_state, x, teacher_keys, seen)
@@ -186,9 +177,8 @@ def mean_teacher(
         outputs, _ = jax.vmap(lambda p, s: net.apply(p, s, batch["x"], train=False))(
             state.teacher_params, state.teacher_state
         )
-        outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
-        probs = jax.nn.softmax(gather_rows(outputs["logits"], axis_name).astype(jnp.float32))
-        return {**outputs, "probs": jnp.mean(probs, axis=0)}
+        outputs = as_outputs(outputs)
+        return {**outputs, "probs": ensemble_probs(outputs["logits"], axis_name=axis_name)}
 
     return Learner(init, update, predict)
 

@@ -135,7 +135,7 @@ def absorb_nu(state: Any, change: Any) -> Any:
 
     Example:
         >>> state = {"norm": {"phi": jnp.ones(1), "nu": jnp.ones(1), "step": jnp.ones(())}, "mean": jnp.ones(1)}
-        >>> jax.tree.map(float, absorb_nu(state, state))
+        >>> jax.tree.map(lambda a: a.item(), absorb_nu(state, state))
         {'mean': 1.0, 'norm': {'nu': 2.0, 'phi': 1.0, 'step': 1.0}}
     """
 

@@ -109,6 +109,13 @@ def test_records_keep_every_try(paper, tmp_path):
     assert harness.run(paper)["arms"] == first["arms"]
 
 
+def test_a_record_keeps_the_order_of_the_arms(paper, tmp_path):
+    """The method stands first, whatever its name."""
+    result = {**harness.run(paper), "arms": {"z": GOOD, "a": BAD}}
+    saved = json.loads(harness.record(paper, result, directory=tmp_path).read_text())
+    assert list(saved["arms"]) == ["z", "a"]
+
+
 def test_smoke_gives_no_verdict(paper):
     assert harness.run(paper, smoke=True)["verdict"] == "smoke"
 

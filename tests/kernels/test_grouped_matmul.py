@@ -1,5 +1,6 @@
 """The grouped product against a loop over rows in float64: every pattern of empty groups, values and both gradients."""
 
+import functools
 import itertools
 import sys
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from conformance import Arg, Case
 
+from jaxlab._compat import races_found, tpu_interpreter
 from jaxlab.kernels import grouped_matmul
+from jaxlab.kernels._grouped_pallas import FORMS
 
 rng = np.random.default_rng()
 M, K, N, E = 13, 3, 5, 6
@@ -112,11 +115,46 @@ def test_errors():
         (r"lhs and rhs must be \[M, K\] and \[E, K, N\]", (lhs[:, :2], rhs, sizes), {}),
         (r"\[E, N, K\]", (lhs, rhs, sizes), {"transpose_rhs": True}),
         (r"group_sizes has shape \(1,\), expected \(2,\)", (lhs, rhs, sizes[:1]), {}),
-        (r"no pallas implementation of grouped_matmul", (lhs, rhs, sizes), {"implementation": "pallas"}),
+        (r"implementation='fast' of grouped_matmul must be one of", (lhs, rhs, sizes), {"implementation": "fast"}),
     ]:
         with pytest.raises(ValueError, match=message):
             grouped_matmul(*args, **keywords)
     assert grouped_matmul(lhs[:0], rhs, sizes * 0).shape == (0, 5)
+
+
+def test_a_named_kernel_that_cannot_run_here_raises():
+    with pytest.raises(Exception, match="platform"):
+        jax.jit(lambda a, b, s: grouped_matmul(a, b, s, implementation="pallas"))(
+            jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2])
+        )
+
+
+@pytest.mark.parametrize("platform", sorted(FORMS))
+def test_kernels_in_their_interpreter_equal_the_loop(platform):
+    """Small blocks, so that tiles are shared by groups, groups span tiles, and every size is no multiple of a block."""
+    interpret = tpu_interpreter(detect_races=True) if platform == "tpu" else True
+    options = {"tiles": (16, 16, 16), "interpret": interpret}
+    product, outer = FORMS[platform]
+    rows, inner, columns = 41, 18, 21
+    lhs, rhs, g = rng.normal(size=(rows, inner)), rng.normal(size=(E, inner, columns)), rng.normal(size=(rows, columns))
+
+    @functools.partial(jax.jit, static_argnames="turned")
+    def run(lhs, rhs, g, sizes, turned=False):
+        y = product(lhs, rhs, sizes, transpose_rhs=turned, **options)
+        return y if turned else (y, outer(lhs, g, sizes, dtype=jnp.float32, **options))
+
+    for sizes in (np.array([5, 0, 17, 1, 9, 0]), np.array([0, 0, rows, 0, 0, 0]), np.zeros(E, int)):
+        behind = np.arange(rows)[:, None] >= sizes.sum()
+        args = [jnp.float32(np.where(behind, np.nan, a)) for a in (lhs, g)]
+        y, _, d_rhs = oracle(lhs, rhs, sizes, np.where(behind, 0, g))
+        sizes = jnp.asarray(sizes, jnp.int32)
+        got, got_outer = run(args[0], jnp.float32(rhs), args[1], sizes)
+        np.testing.assert_allclose(got, y, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(got_outer, d_rhs, rtol=2e-5, atol=2e-5)
+    sizes = np.array([5, 0, 17, 1, 9, 0])
+    turned = run(jnp.float32(lhs), jnp.float32(np.swapaxes(rhs, 1, 2)), args[1], jnp.asarray(sizes), turned=True)
+    np.testing.assert_allclose(turned, oracle(lhs, rhs, sizes, g)[0], rtol=2e-5, atol=2e-5)
+    assert platform != "tpu" or not races_found()
 
 
 def grouped(lhs, rhs):

@@ -9,6 +9,7 @@ from conformance import Arg, Case
 
 from jaxlab import moe
 from jaxlab.kernels import plan_from_top_k, top_k_routing
+from jaxlab.ops.layers import mlp
 
 rng = np.random.default_rng(0)
 T, D, E, K, F = 7, 5, 4, 2, 6
@@ -79,6 +80,19 @@ def test_balance_over_the_global_batch():
         whole = loss(router.apply(params, x.reshape(-1, D)))
         spread = jax.vmap(lambda x, loss=loss: loss(router.apply(params, x), axis_name="data"), axis_name="data")(x)
         np.testing.assert_allclose(spread, np.full(8, whole), rtol=1e-5)
+
+
+def test_shared_experts_see_every_token_and_no_padding():
+    shared = mlp([D])
+    layer = moe.moe_layer(moe.top_k_router(E, K), moe.swiglu_experts(E, F), shared=shared)
+    params = layer.init(jax.random.key(0), D)
+    x, where = rng.normal(size=(T, D)).astype(np.float32), np.arange(T) < T - 2
+    dirty = np.where(where[:, None], x, np.nan).astype(np.float32)
+    y, plan = layer.apply(params, dirty, where=jnp.asarray(where))
+    routed = moe.moe_layer(moe.top_k_router(E, K), moe.swiglu_experts(E, F)).apply(params, x)[0]
+    np.testing.assert_allclose(y[where], (routed + shared.apply(params["shared"], x))[where], rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda p: jnp.sum(layer.apply(p, dirty, where=jnp.asarray(where))[0]))(params)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads)) and int(plan.counts.sum()) == (T - 2) * K
 
 
 def test_nothing_routed_is_finite():

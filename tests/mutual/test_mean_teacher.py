@@ -119,6 +119,15 @@ def test_views_keys_and_memory():
         np.testing.assert_allclose(state.teacher_state["sum"], 8 * metrics["average"][0], rtol=1e-5)
 
 
+def test_a_new_state_can_be_donated():
+    """Network and average start equal, but in buffers of their own."""
+    learner = mutual.mean_teacher(linear(), optax.sgd(0.1))
+    state = learner.init(jax.random.key(0), BATCH)
+    assert state.params["w"].unsafe_buffer_pointer() != state.teacher_params["w"].unsafe_buffer_pointer()
+    state, _ = jax.jit(learner.update, donate_argnums=0)(state, BATCH, jax.random.key(1))
+    assert np.all(np.isfinite(state.teacher_params["w"]))
+
+
 def test_masked_examples_change_nothing_even_when_they_are_nan():
     learner = mutual.mean_teacher(mlp([6, C]), optax.adam(1e-2), num_peers=2)
     state = learner.init(jax.random.key(0), BATCH)

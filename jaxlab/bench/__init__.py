@@ -1,0 +1,1 @@
+"""Benchmarks: ratios inside one run, against the ceiling, the naive form and the peer; never a lone millisecond."""
