@@ -43,7 +43,7 @@ def test_private_and_experimental_jax_stays_in_compat():
 
 def test_nothing_is_unpickled():
     for path in (ROOT / "jaxlab").rglob("*.py"):
-        assert not re.search(r"import pickle|allow_pickle=True|\beval\(|\bexec\(", path.read_text()), path
+        assert not re.search(r"import pickle|allow_pickle=True|(?<!\.)\beval\(|(?<!\.)\bexec\(", path.read_text()), path
 
 
 def test_optimised_tests_pass_at_the_default_level():

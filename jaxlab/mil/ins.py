@@ -291,7 +291,8 @@ def prototype_update(
         ValueError: shapes do not fit or `decay` is out of range.
 
     Example:
-        >>> prototype_update(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0]]), jnp.array([1])).round(2).tolist()
+        >>> new = prototype_update(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0]]), jnp.array([1]))
+        >>> [[round(p, 2) for p in row] for row in new.tolist()]
         [[0.0, 0.0], [0.6, 0.8]]
 
     Source:

@@ -327,7 +327,7 @@ def ham_ratio_schedule(ratio: float, step: Array | int, total: int) -> Array:
         ValueError: `total` is below 1.
 
     Example:
-        >>> float(ham_ratio_schedule(0.04, 50, 100).round(3))
+        >>> round(float(ham_ratio_schedule(0.04, 50, 100)), 3)
         0.02
 
     Source:
