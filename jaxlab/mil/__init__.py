@@ -75,6 +75,11 @@ from jaxlab.mil.models import (
     with_encoder,
 )
 from jaxlab.mil.pooling import attention_pool, max_pool, mean_pool
+from jaxlab.mil.r2t import (
+    r2t,
+    region_partition,
+    region_reverse,
+)
 
 __all__ = [
     "abmil",
@@ -125,9 +130,12 @@ __all__ = [
     "phi_schedule",
     "population_shrinkage",
     "prototype_update",
+    "r2t",
     "random_bags",
     "rate_slope",
     "recycle_split",
+    "region_partition",
+    "region_reverse",
     "run_unit_test",
     "select_mask",
     "set_supcon_loss",
