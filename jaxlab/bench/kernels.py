@@ -54,7 +54,7 @@ def top_k_routing(quick: bool) -> Iterator[Contest]:
 
 def expert_ffn(quick: bool) -> Iterator[Contest]:
     """Dropless SwiGLU experts against all experts on all tokens; ceiling: a dense layer of the same arithmetic."""
-    tokens, size, hidden = (128, 32, 64) if quick else (4096, 512, 1024)
+    tokens, size, hidden = (128, 32, 64) if quick else (2048, 512, 1024)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(tokens, size)), jnp.float32)
     for experts in (4,) if quick else (8, 32):
