@@ -38,7 +38,7 @@ def tpu_devices(topology: str) -> list:
 
 
 def pallas():
-    """Returns the Pallas module, imported when the first kernel asks for it."""
+    """Returns the Pallas module."""
     from jax.experimental import pallas
 
     return pallas

@@ -15,6 +15,9 @@ from jax import Array
 from jaxlab._compat import pallas, pallas_tpu, pallas_triton, shape_like
 from jaxlab.ops.masked import compute_dtype
 
+# Imported with this module: JAX 0.12 forgets what it has traced when Pallas is first imported in the middle of a trace.
+pl, tpu, triton = pallas(), pallas_tpu(), pallas_triton()
+
 TPU_TILES = (512, 512, 1024)  # rows, inner, columns
 GPU_TILES = (64, 64, 128)
 GPU_WARPS, GPU_STAGES = 4, 3
@@ -51,7 +54,6 @@ def on_tpu(
     interpret=False,
 ) -> Array:
     """Returns the grouped product [M, N]; arguments as in `grouped_matmul`."""
-    pl, tpu = pallas(), pallas_tpu()
     rows, columns, groups = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2], rhs.shape[0]
     height, inner, width = (_block(n, t) for n, t in zip((rows, lhs.shape[1], columns), tiles, strict=True))
     lhs = _padded(lhs, height, inner)
@@ -102,7 +104,7 @@ def on_tpu(
             scratch_shapes=[tpu.VMEM((height, width), dtype)],
         ),
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=_cost(pl, lhs, rhs, total_columns),
+        cost_estimate=_cost(lhs, rhs, total_columns),
         interpret=interpret,
     )
     return call(offsets, group, tile_of, lhs, rhs)[:rows, :columns]
@@ -112,7 +114,6 @@ def outer_on_tpu(
     lhs: Array, dy: Array, sizes: Array, *, dtype, tiles: tuple[int, int, int] = TPU_TILES, interpret=False
 ) -> Array:
     """Returns for each group `lhs_e^T dy_e` [E, K, N] in `dtype`."""
-    pl, tpu = pallas(), pallas_tpu()
     groups, inner_size, columns = sizes.shape[0], lhs.shape[1], dy.shape[1]
     height, inner, width = (_block(n, t) for n, t in zip((*lhs.shape, columns), tiles, strict=True))
     lhs, dy = _padded(lhs, height, inner), _padded(dy, height, width)
@@ -160,7 +161,7 @@ def outer_on_tpu(
             scratch_shapes=[tpu.VMEM((inner, width), wide)],
         ),
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(pl, lhs, dy, dy.shape[1]),
+        cost_estimate=_cost(lhs, dy, dy.shape[1]),
         interpret=interpret,
     )
     out = call(offsets, group, tile_of, lhs, dy)
@@ -177,7 +178,6 @@ def on_gpu(
     interpret=False,
 ) -> Array:
     """Returns the grouped product [M, N]; arguments as in `grouped_matmul`."""
-    pl, triton = pallas(), pallas_triton()
     rows, columns, groups = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2], rhs.shape[0]
     height, inner, width = tiles
     lhs = _padded(lhs, height, inner)
@@ -211,7 +211,7 @@ def on_gpu(
         out_shape=shape_like((lhs.shape[0], total_columns), lhs.dtype, lhs, rhs, sizes),
         grid=(tile_of.shape[0], total_columns // width),
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=GPU_STAGES),
-        cost_estimate=_cost(pl, lhs, rhs, total_columns),
+        cost_estimate=_cost(lhs, rhs, total_columns),
         interpret=interpret,
     )
     return call(offsets, group, tile_of, lhs, rhs)[:rows, :columns]
@@ -221,7 +221,6 @@ def outer_on_gpu(
     lhs: Array, dy: Array, sizes: Array, *, dtype, tiles: tuple[int, int, int] = GPU_TILES, interpret=False
 ) -> Array:
     """Returns for each group `lhs_e^T dy_e` [E, K, N] in `dtype`: one program for each block of each matrix."""
-    pl, triton = pallas(), pallas_triton()
     groups, inner_size, columns = sizes.shape[0], lhs.shape[1], dy.shape[1]
     height, inner, width = tiles
     lhs, dy = _padded(lhs, height, inner), _padded(dy, height, width)
@@ -251,7 +250,7 @@ def outer_on_gpu(
         out_shape=shape_like((groups, lhs.shape[1], dy.shape[1]), dtype, lhs, dy, sizes),
         grid=(groups, lhs.shape[1] // inner, dy.shape[1] // width),
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=GPU_STAGES),
-        cost_estimate=_cost(pl, lhs, dy, dy.shape[1]),
+        cost_estimate=_cost(lhs, dy, dy.shape[1]),
         interpret=interpret,
     )
     return call(offsets, lhs, dy)[:, :inner_size, :columns]
@@ -274,7 +273,7 @@ def _of_groups_with_rows(out: Array, offsets: Array) -> Array:
     return jnp.where(some, out, jnp.zeros((), out.dtype))
 
 
-def _cost(pl, a: Array, b: Array, columns: int):
+def _cost(a: Array, b: Array, columns: int):
     size = a.dtype.itemsize
     moved = a.size * size + b.size * b.dtype.itemsize + a.shape[0] * columns * size
     return pl.CostEstimate(flops=2 * a.size * columns, bytes_accessed=moved, transcendentals=0)
