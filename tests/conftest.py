@@ -56,12 +56,13 @@ def pytest_runtest_call(item):
 
 
 def method_of(nodeid: str) -> str | None:
-    """Returns `family/key` of the paper that a test belongs to; a claim's test names its key in brackets."""
+    """Returns `family/key` of the paper that a test belongs to; tests over all papers name it in brackets."""
     from jaxlab import catalog
 
     keys = {paper.key: f"{paper.family}/{paper.key}" for paper in catalog.papers()}
     path, _, test = nodeid.partition("::")
-    key = test.partition("[")[2].rstrip("]") if path.endswith("test_claims.py") else Path(path).stem[len("test_") :]
+    shared = path.endswith(("test_claims.py", "test_docs.py"))
+    key = test.partition("[")[2].rstrip("]").rpartition("/")[2] if shared else Path(path).stem[len("test_") :]
     return keys.get(key)
 
 

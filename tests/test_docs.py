@@ -4,7 +4,6 @@ import doctest
 import importlib
 import importlib.util
 import inspect
-import sys
 from pathlib import Path
 
 import conformance
@@ -42,17 +41,22 @@ def test_every_public_name_is_documented():
             assert "Args:" in text or "Example:" in text, f"{name} does not explain its arguments"
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "types"])
-def test_examples_run(family):
-    names = {module for name, module in sys.modules.items() if name.startswith(f"jaxlab.{family}")}
-    runner, finder = (
-        doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE),
-        doctest.DocTestFinder(),
-    )
+PACKAGE = Path(jaxlab.__file__).parent
+EXAMPLES = [
+    path.relative_to(PACKAGE).with_suffix("").as_posix()
+    for family in [*FAMILIES, "types"]
+    for path in sorted([PACKAGE / f"{family}.py", *(PACKAGE / family).rglob("*.py")])
+    if path.exists() and ">>>" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_run(module):
+    module = importlib.import_module("jaxlab." + module.replace("/", ".").removesuffix(".__init__"))
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     with jax.numpy_rank_promotion("allow"):
-        for module in sorted(names, key=lambda m: m.__name__):
-            for test in finder.find(module, globs={**vars(module), "jax": jax, "jnp": jax.numpy}):
-                runner.run(test)
+        for test in doctest.DocTestFinder().find(module, globs={**vars(module), "jax": jax, "jnp": jax.numpy}):
+            runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
 
 
