@@ -1,7 +1,7 @@
 """Small backbones that recipes and claims train, and bridges to and from Flax NNX.
 
-`mlp` and `resnet` are Flax NNX modules behind `from_nnx`; `vit` and `causal_transformer` are composed of `Layer`s, so
-that any feed-forward layer (a mixture of experts) can be plugged in.
+All of them are Flax NNX modules behind `from_nnx`. The transformers take any `Layer` as feed-forward (a mixture of
+experts), which `to_nnx` makes a part of the module.
 """
 
 from jaxlab.nn.augment import random_affine, random_shift, with_augmentation
