@@ -22,6 +22,7 @@ class Recipe:
         mesh: `data=2,expert=4`; empty = one device.
         save_every: steps between checkpoints.
         log_every: steps between rows of the metrics.
+        bad_steps: steps in a row whose loss or state is not finite that end the run; each is skipped. 0 = no end.
     """
 
     name: ClassVar[str] = ""
@@ -36,12 +37,15 @@ class Recipe:
     mesh: str = ""
     save_every: int = 250
     log_every: int = 25
+    bad_steps: int = 10
 
     def validate(self) -> None:
         """Raises an InputError for a field that makes no sense."""
         for field in ("steps", "batch", "save_every", "log_every"):
             if getattr(self, field) < 1:
                 raise InputError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
+        if self.bad_steps < 0:
+            raise InputError(f"--bad-steps must be at least 0, got {self.bad_steps}")
 
     def divisions(self) -> list[tuple[str, str, int]]:
         """Returns what a mesh axis has to divide: `(axis, field, value)`."""

@@ -238,9 +238,9 @@ def test_refuses():
 def at_rest(net, *dims):
     """A network in evaluation as a function of its input, at fixed parameters in the input's dtype."""
     net = as_stateful(net)
-    params, state = net.init(KEY, *dims)
 
     def run(x):
+        params, state = net.init(KEY, *dims)
         cast = lambda tree: jax.tree.map(lambda a: a.astype(x.dtype), tree)
         y = net.apply(cast(params), cast(state), x)[0]
         return y["logits"] if isinstance(y, dict) else y
