@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.ops.collectives import axis_index, gather_rows
-from jaxlab.ops.masked import compute_dtype, masked_logsumexp, safe_normalize, zero_where_false
+from jaxlab.contrastive._pairs import checked_where, own_columns, unit_rows
+from jaxlab.ops.collectives import gather_rows
+from jaxlab.ops.masked import masked_logsumexp
 from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.sharding import rows_mixed
 
@@ -58,7 +59,7 @@ def info_nce_loss(
     """
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"a and b must have one shape [N, D], got {a.shape} and {b.shape}")
-    keep = _checked(where, a.shape[0], temperature)
+    keep = checked_where(where, a.shape[0], temperature)
     terms = rows_mixed(_info_nce_terms)(a, b, keep, temperature=temperature, axis_name=axis_name)
     return reduce_terms(terms, keep, reduction=reduction, axis_name=axis_name, dtype=a.dtype)
 
@@ -101,49 +102,32 @@ def nt_xent_loss(
     """
     if views.ndim != 3 or views.shape[0] < 2:
         raise ValueError(f"views must be [V, B, D] with V >= 2 views, got {views.shape}")
-    keep = _checked(where, views.shape[1], temperature)
+    keep = checked_where(where, views.shape[1], temperature)
     terms = rows_mixed(_nt_xent_terms)(views, keep, temperature=temperature, axis_name=axis_name)
     anchors = jnp.broadcast_to(keep[None, :], terms.shape)
     return reduce_terms(terms, anchors, reduction=reduction, axis_name=axis_name, dtype=views.dtype)
 
 
-def _checked(where: Array | None, rows: int, temperature: float | Array) -> Array:
-    if isinstance(temperature, int | float) and not temperature > 0:  # a learnt one is an array, known later
-        raise ValueError(f"temperature={temperature} must be positive")
-    if where is not None and where.shape != (rows,):
-        raise ValueError(f"where has shape {where.shape}, expected ({rows},)")
-    return jnp.ones(rows, bool) if where is None else where
-
-
-def _unit(x: Array, keep: Array) -> Array:
-    return safe_normalize(zero_where_false(x, keep).astype(compute_dtype(x)))
-
-
 def _info_nce_terms(a, b, keep, *, temperature, axis_name):
-    a, b = _unit(a, keep), _unit(b, keep)
+    a, b = unit_rows(a, keep), unit_rows(b, keep)
     others, exist = gather_rows(b, axis_name), gather_rows(keep, axis_name)
     logits = jnp.matmul(a, others.T, precision=jax.lax.Precision.HIGHEST) / temperature
     # An anchor's own pair always stands in the sum, so that the masked anchors, too, have a finite logarithm.
-    own = _own_columns(a.shape[0], others.shape[0], axis_name)
+    own = own_columns(a.shape[0], others.shape[0], axis_name)
     positive = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
     return masked_logsumexp(logits, own | exist[None, :]) - positive
 
 
 def _nt_xent_terms(views, keep, *, temperature, axis_name):
     num_views, rows, _ = views.shape
-    unit = _unit(jnp.moveaxis(views, 1, 0), keep)
+    unit = unit_rows(jnp.moveaxis(views, 1, 0), keep)
     others, exist = gather_rows(unit, axis_name), gather_rows(keep, axis_name)
     total = others.shape[0]
     logits = jnp.einsum("ivd,jud->viuj", unit, others, precision=jax.lax.Precision.HIGHEST) / temperature
-    example = _own_columns(rows, total, axis_name)[None, :, None, :]
+    example = own_columns(rows, total, axis_name)[None, :, None, :]
     view = jnp.eye(num_views, dtype=bool)[:, None, :, None]
     positive = example & jnp.logical_not(view)
     counted = positive | (jnp.logical_not(example) & exist[None, None, None, :])
     flat = (num_views, rows, num_views * total)
     log_sum = masked_logsumexp(logits.reshape(flat), jnp.broadcast_to(counted, logits.shape).reshape(flat))
     return log_sum - jnp.sum(jnp.where(positive, logits, 0.0), axis=(2, 3)) / (num_views - 1)
-
-
-def _own_columns(rows: int, total: int, axis_name: str | None) -> Array:
-    """Returns bool [rows, total]: which of the gathered columns is the row itself."""
-    return (axis_index(axis_name) * rows + jnp.arange(rows))[:, None] == jnp.arange(total)[None, :]
