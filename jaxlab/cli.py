@@ -92,6 +92,7 @@ def recipe_parser(recipe) -> Parser:
     parser.add_argument(
         "--grace-seconds", type=float, default=0.0, help="leave with 75 that long after a signal; 0 = when saved"
     )
+    parser.add_argument("--profile", action="store_true", help="trace a few steps, for TensorBoard and Perfetto")
     parser.add_argument("--debug-nans", action="store_true", help="stop in the operation that makes the first NaN")
     parser.add_argument("--traceback", action="store_true")
     return parser
@@ -150,6 +151,7 @@ def command_train(arguments: list[str]) -> int:
         quiet=args.quiet,
         grace_seconds=args.grace_seconds,
         debug_nans=args.debug_nans,
+        profile=args.profile,
     )
     if processes.index() > 0:
         return 0 if result.finished else SAVED

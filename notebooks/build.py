@@ -1,7 +1,7 @@
 """Builds the notebooks from their scripts: `python notebooks/build.py [NAME ...]`; `--check` only compares.
 
-A script's cells start with `# %%` (code), `# %% [markdown]`, or `# %% [install]`, which is the cell in `install.py`. Cell
-ids are the cells' numbers, so that a rebuilt notebook differs only where its script or its pictures do. Building
+A script's cells start with `# %%` (code), `# %% [markdown]` or `# %% [install]`, which is the cell in `install.py`.
+Cell ids are the cells' numbers, so that a rebuilt notebook differs only where its script or its pictures do. Building
 executes the notebook and keeps what it printed.
 """
 

@@ -61,7 +61,7 @@ def report(recipe, target: str, image: tuple[int, ...], classes: int) -> dict:
     carry = jax.eval_shape(
         lambda key: guard.start(learner.init(key, shapes)), jax.eval_shape(lambda: jax.random.key(0))
     )
-    places = state_shardings(carry, mesh)
+    places = state_shardings(carry, mesh, fsdp=recipe.shard == "fsdp")
 
     def placed(tree, where):
         return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), tree, where)

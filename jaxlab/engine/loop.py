@@ -89,6 +89,7 @@ def train(
     quiet: bool = False,
     grace_seconds: float = 0.0,
     debug_nans: bool = False,
+    profile: bool = False,
 ) -> Result:
     """Trains a recipe to its last step, or to the first interrupt, which saves.
 
@@ -99,6 +100,7 @@ def train(
         quiet: no progress on stderr.
         grace_seconds: how long after SIGINT or SIGTERM the process may still take; 0 = as long as it needs.
         debug_nans: stop in the operation that first makes a NaN, with its traceback.
+        profile: write a trace of a few steps to `<run_dir>/profile`, for TensorBoard and Perfetto.
 
     Raises:
         InputError: a field, the mesh, the data or the run directory does not fit.
@@ -133,10 +135,10 @@ def train(
                 )
         elif processes.index() == 0:
             files.write(run_dir / "config.json", json.dumps(config, indent=1) + "\n")
-        return _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume)
+        return _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile)
 
 
-def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume) -> Result:
+def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile) -> Result:
     learner = recipe.learner(dataset.num_classes, recipe.steps)
     root = jax.random.key(recipe.seed)
     example = data_source.batch_at(dataset.train, recipe.seed, 0, recipe.batch)
@@ -152,7 +154,7 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume) -> Resu
         return guard.guarded(learner.update, limit=recipe.bad_steps)(carry, batch, key)
 
     shape = jax.eval_shape(init, root)
-    places = None if mesh is None else state_shardings(shape, mesh)
+    places = None if mesh is None else state_shardings(shape, mesh, fsdp=recipe.shard == "fsdp")
     goes_on = resume and checkpoints.latest() is not None
     if goes_on:
         start, carry = checkpoints.restore(_placed(shape, places))
@@ -162,24 +164,26 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume) -> Resu
     place = None if mesh is None else batch_sharding(mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     step_function = jax.jit(step_of, donate_argnums=0, out_shardings=None if mesh is None else (places, everywhere))
+    profiler = Profiler(run_dir / "profile" if profile and processes.index() == 0 else None, start)
     log = MetricsLog(run_dir, resume_step=start if resume else None) if processes.index() == 0 else None
     report = Reporter(names, log, progress, recipe)
     progress.start = start
-    step, compiled = start, False
+    step, run_step = start, None
     try:
         while step < recipe.steps and not _everyone_stops(stop, step, recipe):
             batch = data_source.batch_at(dataset.train, recipe.seed, step, recipe.batch)
             batch = jax.tree.map(lambda x: _shared_out(x, place), batch)
             number = _shared_out(np.int32(step), everywhere)
+            if run_step is None:
+                run_step, cost = _compiled(step_function, carry, batch, number)
+                progress.say(f"compiled in {time.monotonic() - began:.0f} s: {cost}")
+                progress.began = time.monotonic()
+            profiler.before(step)
             # The host must not wait for the device in a step, as an implicit copy would; finding a NaN has to.
             with jax.transfer_guard("allow" if jax.config.jax_debug_nans else "disallow"):
-                carry, metrics = step_function(carry, batch, number)
+                carry, metrics = run_step(carry, batch, number)
             step += 1
-            if not compiled:
-                jax.block_until_ready(metrics)
-                compiled = True
-                progress.say(f"compiled in {time.monotonic() - began:.0f} s")
-                progress.began = time.monotonic()
+            profiler.after(step, metrics)
             report.add(step, metrics)
             if step % recipe.save_every == 0 and step < recipe.steps:
                 report.flush()
@@ -192,6 +196,7 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume) -> Resu
         if log is not None:
             log.write(step, {name: v for name, v in evaluation.items() if name.startswith(("test_", "ensemble_"))})
     finally:
+        profiler.close()
         if log is not None:
             log.close()
         checkpoints.close()
@@ -199,6 +204,50 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume) -> Resu
     if processes.index() == 0:
         save_plots(run_dir, read_rows(run_dir / "metrics.jsonl"), evaluation)
     return Result(run_dir, step, True, evaluation)
+
+
+def _compiled(step_function, carry, batch, number):
+    """Compiles the step; returns it and what the compiler says of its work and memory on one device, in words."""
+    compiled = step_function.lower(carry, batch, number).compile()
+    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    memory = compiled.memory_analysis()
+    state, temporary = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
+    words = f"{flops / 1e9:.2f} GFLOP a step, {state:.1f} MiB of state and batch, {temporary:.1f} MiB of temporaries"
+    # To find a NaN, JAX has to run the function itself, operation by operation.
+    return (step_function if jax.config.jax_debug_nans else compiled), words
+
+
+class Profiler:
+    """Traces the steps after the first two, which are unlike the others.
+
+    Args:
+        directory: where the trace goes; None traces nothing.
+        start: step at which the run begins.
+    """
+
+    STEPS = 5
+
+    def __init__(self, directory: Path | None, start: int):
+        self.directory, self.first, self.tracing = directory, start + 2, False
+
+    def before(self, step: int) -> None:
+        """Starts the trace when its first step is due."""
+        if self.directory is not None and step == self.first:
+            jax.profiler.start_trace(str(self.directory), create_perfetto_trace=True)
+            self.tracing = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Ends the trace when its last step is done."""
+        if self.tracing and step >= self.first + self.STEPS:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace if it runs."""
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
+            self.directory = None
 
 
 class Reporter:
@@ -230,6 +279,11 @@ class Reporter:
         while self.waiting:
             self._handle(*self.waiting.popleft())
 
+    def speed(self, step: int) -> str:
+        """Returns the examples per second since compilation ended."""
+        seconds = time.monotonic() - self.progress.began
+        return f"{(step - self.progress.start) * self.recipe.batch / max(seconds, 1e-9):,.0f} examples/s"
+
     def _handle(self, step: int, metrics: dict[str, Any]) -> None:
         row = plain(jax.device_get(metrics))
         bad = row.pop("bad")
@@ -239,7 +293,7 @@ class Reporter:
         if row:
             if self.log is not None:
                 self.log.write(step, row)
-            self.progress.update(step, summary(row))
+            self.progress.update(step, f"{summary(row)}  {self.speed(step)}")
         if self.recipe.bad_steps and self.in_row >= self.recipe.bad_steps:
             raise BadNumbersError(
                 f"stopped at step {step}: {self.in_row} steps in a row were not finite, last {self.names[bad]}; "

@@ -8,6 +8,7 @@ from jaxlab.nn.augment import random_affine, random_shift, with_augmentation
 from jaxlab.nn.blocks import transformer_block
 from jaxlab.nn.bridges import from_nnx, to_nnx
 from jaxlab.nn.mlp import mlp
+from jaxlab.nn.precision import with_compute_dtype
 from jaxlab.nn.resnet import resnet
 from jaxlab.nn.transformer import causal_transformer
 from jaxlab.nn.vit import vit
@@ -23,4 +24,5 @@ __all__ = [
     "transformer_block",
     "vit",
     "with_augmentation",
+    "with_compute_dtype",
 ]

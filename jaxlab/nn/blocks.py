@@ -49,7 +49,7 @@ def transformer_block(
         >>> y.shape, plan
         ((1, 3, 8), None)
     """
-    check_heads(width, heads, rotary)
+    check_options(width, heads, rotary)
     return from_nnx(lambda rngs: Block(width, heads, feed_forward, norm, causal, rotary, rngs))
 
 
@@ -77,11 +77,24 @@ class Block(nnx.Module):
         return x + y.reshape(n, tokens, width), plan
 
 
-def run_blocks(blocks, x: Array, *, penalty: Callable | None, key=None, **keywords) -> tuple[Array, dict]:
+# What the backward pass keeps of a block, besides its input.
+REMAT = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def run_blocks(blocks, x: Array, *, penalty: Callable | None, remat: str, key=None, **keywords) -> tuple[Array, dict]:
     """Runs blocks one after the other; also returns what their routing plans say, as entries of the output."""
     plans = []
     for i, block in enumerate(blocks):
-        x, plan = block(x, key=None if key is None else jax.random.fold_in(key, i), **keywords)
+        block_key = None if key is None else jax.random.fold_in(key, i)
+
+        def run(x, block=block, block_key=block_key):
+            return block(x, key=block_key, **keywords)
+
+        x, plan = (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(x)
         plans += [] if plan is None else [plan]
     if not plans:
         return x, {}
@@ -91,8 +104,10 @@ def run_blocks(blocks, x: Array, *, penalty: Callable | None, key=None, **keywor
     return x, extra
 
 
-def check_heads(width: int, heads: int, rotary: bool) -> None:
-    """Raises a ValueError for heads that do not fit the width."""
+def check_options(width: int, heads: int, rotary: bool, remat: str = "none") -> None:
+    """Raises a ValueError for heads that do not fit the width, or an unknown way to save memory."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
     if width % heads:
         raise ValueError(f"heads={heads} must divide width={width}")
     if rotary and (width // heads) % 2:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlab.nn.blocks import Block, check_heads, normal, run_blocks
+from jaxlab.nn.blocks import Block, check_options, normal, run_blocks
 from jaxlab.nn.bridges import from_nnx, to_nnx
 from jaxlab.ops.layers import feature_norm, mlp
 from jaxlab.types import Layer, RoutingPlan, StatefulLayer
@@ -22,6 +22,7 @@ def causal_transformer(
     heads: int = 4,
     feed_forward: Callable[[], Layer] | None = None,
     penalty: Callable[[RoutingPlan], jax.Array] | None = None,
+    remat: str = "none",
 ) -> StatefulLayer:
     """Returns a pre-norm causal transformer with rotary positions, which predicts the next token.
 
@@ -33,6 +34,8 @@ def causal_transformer(
         feed_forward: makes the feed-forward `Layer` of one block, over tokens `[T, width]`; one that returns
             `(y, RoutingPlan)` is a mixture of experts. Default: an MLP of hidden width `4 * width`.
         penalty: scalar of a plan that is averaged over the blocks into the output's `penalty`.
+        remat: what the backward pass computes again to save memory: "none", "block" (everything inside a block) or
+            "dots" (all but the matrix products).
 
     Returns:
         A `StatefulLayer` (its state is empty): `init(key, *dims)` (the dims are not needed), `apply(params, state,
@@ -49,12 +52,12 @@ def causal_transformer(
         >>> net.apply(params, state, jnp.arange(6).reshape(2, 3))[0]["logits"].shape
         (2, 3, 11)
     """
-    check_heads(width, heads, True)
+    check_options(width, heads, True, remat)
     feed_forward = (lambda: mlp([4 * width, width], activation=jax.nn.gelu)) if feed_forward is None else feed_forward
 
     def make(rngs):
         blocks = [Block(width, heads, feed_forward(), feature_norm(), True, True, rngs) for _ in range(depth)]
-        return _CausalTransformer(vocabulary, width, blocks, penalty, rngs)
+        return _CausalTransformer(vocabulary, width, blocks, penalty, remat, rngs)
 
     net = from_nnx(make)
 
@@ -67,8 +70,8 @@ def causal_transformer(
 
 
 class _CausalTransformer(nnx.Module):
-    def __init__(self, vocabulary, width, blocks, penalty, rngs):
-        self.penalty = penalty
+    def __init__(self, vocabulary, width, blocks, penalty, remat, rngs):
+        self.penalty, self.remat = penalty, remat
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocabulary, width)))
         self.blocks = nnx.List(blocks)
         self.norm = to_nnx(feature_norm(), width, rngs=rngs)
@@ -79,6 +82,7 @@ class _CausalTransformer(nnx.Module):
             self.blocks,
             self.embed[...][tokens],
             penalty=self.penalty,
+            remat=self.remat,
             segment_ids=segment_ids,
             key=key,
             train=train,

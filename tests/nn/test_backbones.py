@@ -258,6 +258,12 @@ def bridged(x):
     return nn.to_nnx(Layer(lambda key: params, lambda p, x: x @ p["w"]), rngs=nnx.Rngs(0))(x)
 
 
+def computed(x):
+    wide = "float64" if x.dtype == jnp.float64 else "float32"
+    net = nn.with_compute_dtype(Layer(lambda key: {}, lambda p, x: x @ p["w"]), wide)
+    return net.apply({"w": jnp.ones((3, 2), x.dtype)}, {}, x)[0]
+
+
 def language(x, tokens):
     """The token embedding of the causal transformer carries the gradient."""
     net = nn.causal_transformer(5, width=4, depth=1, heads=1, feed_forward=lambda: plain_mlp([6, 4]))
@@ -279,6 +285,7 @@ CASES = [
     Case(bridged, {"x": Arg("activations", (6, 3))}, covers=("nn.to_nnx",), name="to_nnx", **ROWS),
     Case(language, {"x": Arg("activations", (5, 4)), "tokens": Arg("index", (2, 3), high=5)}, wrt=("x",),
          covers=("nn.causal_transformer",), name="causal_transformer", helper=True),
+    Case(computed, {"x": Arg("activations", (6, 3))}, covers=("nn.with_compute_dtype",), name="computed", **ROWS),
     Case(nn.random_shift, {"key": Arg("key"), **IMAGES}, wrt=("x",), helper=True),
     Case(nn.random_affine, {"key": Arg("key"), **IMAGES}, wrt=("x",), helper=True),
     Case(lambda key, x: nn.with_augmentation(Layer(lambda key: {}, lambda p, x: x), nn.random_shift).apply(
