@@ -39,10 +39,9 @@ def sinkhorn_router(
         ValueError: an option is out of range.
 
     Example:
-        >>> router = sinkhorn_router(2, epsilon=0.1)
-        >>> x = jax.random.normal(jax.random.key(1), (6, 8))
-        >>> router.apply({"w": jnp.ones((8, 2)) + x[:2].T}, x).counts.shape
-        (2,)
+        >>> route = jax.jit(sinkhorn_router(2, epsilon=0.1, iterations=5).apply)
+        >>> route({"w": jnp.array([[1.0, 0.0]])}, jnp.array([[1.0], [-2.0], [3.0]])).counts.tolist()
+        [2, 1]
 
     Source:
         Clark et al., Unified Scaling Laws for Routed Language Models, arXiv 2202.01169, appendix B. epsilon = 1 is the
@@ -87,8 +86,8 @@ def base_router(num_experts: int) -> Layer:
         >>> router = base_router(2)
         >>> params = {"w": jnp.array([[1.0, 0.0]])}
         >>> x = jnp.array([[1.0], [2.0], [3.0], [4.0]])
-        >>> router.apply(params, x).counts.tolist(), router.apply(params, x, train=True).counts.tolist()
-        ([4, 0], [2, 2])
+        >>> [p.counts.tolist() for p in jax.jit(lambda x: [router.apply(params, x, train=t) for t in (False, True)])(x)]
+        [[4, 0], [2, 2]]
 
     Source:
         Lewis et al., BASE Layers, arXiv 2103.16716, section 3.

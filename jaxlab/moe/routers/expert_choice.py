@@ -31,7 +31,7 @@ def expert_choice_router(num_experts: int, capacity_factor: float = 2.0) -> Laye
 
     Example:
         >>> router = expert_choice_router(2, 1.0)
-        >>> plan = router.apply(router.init(jax.random.key(0), 8), jax.random.normal(jax.random.key(1), (6, 8)))
+        >>> plan = jax.jit(lambda key: router.apply(router.init(key, 8), jnp.ones((6, 8))))(jax.random.key(0))
         >>> plan.counts.tolist()
         [3, 3]
 

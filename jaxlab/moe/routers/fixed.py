@@ -29,7 +29,7 @@ def hash_router(table: Array, num_experts: int) -> Layer:
 
     Example:
         >>> router = hash_router(jnp.array([2, 0, 1]), num_experts=3)
-        >>> plan = router.apply({}, jnp.ones((4, 8)), ids=jnp.array([0, 0, 1, 2]))
+        >>> plan = jax.jit(router.apply)({}, jnp.ones((4, 8)), ids=jnp.array([0, 0, 1, 2]))
         >>> plan.counts.tolist()
         [1, 1, 2]
 

@@ -32,7 +32,7 @@ def relu_router(num_experts: int, *, max_active: int | None = None) -> Layer:
 
     Example:
         >>> router = relu_router(3)
-        >>> router.apply({"w": jnp.array([[1.0, -1.0, 2.0]])}, jnp.ones((2, 1))).counts.tolist()
+        >>> jax.jit(router.apply)({"w": jnp.array([[1.0, -1.0, 2.0]])}, jnp.ones((2, 1))).counts.tolist()
         [2, 0, 2]
 
     Source:
@@ -66,8 +66,8 @@ def relu_penalty(plan: RoutingPlan, *, k: float, where: Array | None = None, axi
         ValueError: `k` is not positive.
 
     Example:
-        >>> plan = relu_router(2).apply({"w": jnp.array([[1.0, -1.0]])}, jnp.ones((4, 1)))
-        >>> float(relu_penalty(plan, k=1))
+        >>> params = {"w": jnp.array([[1.0, -1.0]])}
+        >>> float(jax.jit(lambda x: relu_penalty(relu_router(2).apply(params, x), k=1))(jnp.ones((4, 1))))
         2.0
 
     Source:
@@ -111,8 +111,9 @@ def update_relu_coefficient(
         ValueError: `k` is not positive or `factor` not above 1.
 
     Example:
-        >>> plan = relu_router(2).apply({"w": jnp.array([[1.0, 2.0]])}, jnp.ones((4, 1)))
-        >>> round(float(update_relu_coefficient(jnp.float32(1.0), plan, k=1)), 4)
+        >>> plan_of = lambda x: relu_router(2).apply({"w": jnp.array([[1.0, 2.0]])}, x)
+        >>> step = jax.jit(lambda c, x: update_relu_coefficient(c, plan_of(x), k=1))
+        >>> round(float(step(jnp.float32(1.0), jnp.ones((4, 1)))), 4)
         1.2
 
     Source:
