@@ -7,6 +7,10 @@ own. `hard_contrastive_loss` keeps only the hardest negatives in the softmax, an
 `alignment` tell what the temperature does to the embeddings. `matryoshka_loss` and `matryoshka_contrastive_loss` make
 every prefix of an embedding a good one, for `adaptive_classify` and `funnel_search`. All losses take `axis_name` and
 then use the negatives of all devices.
+
+Where a stronger model can judge candidates, `mine_hard_negatives` chooses among them by its scores and
+`judge_alignment_loss` teaches the embeddings these scores; `pairwise_rerank_loss` and `listwise_rerank_loss` train a
+reranker on the same candidates.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -32,6 +36,13 @@ from jaxlab.contrastive.matryoshka_representation import (
     retrieval_cost,
     tune_thresholds,
 )
+from jaxlab.contrastive.unime_v2 import (
+    judge_alignment_loss,
+    judge_scores,
+    listwise_rerank_loss,
+    mine_hard_negatives,
+    pairwise_rerank_loss,
+)
 
 __all__ = [
     "adaptive_classify",
@@ -41,12 +52,17 @@ __all__ = [
     "groco_multiview_loss",
     "hard_contrastive_loss",
     "info_nce_loss",
+    "judge_alignment_loss",
+    "judge_scores",
+    "listwise_rerank_loss",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
     "matryoshka_loss",
     "mean_average_precision",
+    "mine_hard_negatives",
     "nesting_dims",
     "nt_xent_loss",
+    "pairwise_rerank_loss",
     "penalty_entropy",
     "prefix_search",
     "relative_penalty",
