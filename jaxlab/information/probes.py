@@ -129,7 +129,8 @@ def _logistic(features, query, labels, keep, *, classes, penalty, steps, rate):
         return (optax.apply_updates(params, updates), opt_state), None
 
     (params, _), _ = jax.lax.scan(step, match_varying((start, optimizer.init(start)), x)[0], None, length=steps)
-    return (jnp.matmul(q, params["w"], precision=jax.lax.Precision.HIGHEST) + params["b"][None]).astype(features.dtype)
+    logits = jnp.matmul(q, params["w"], precision=jax.lax.Precision.HIGHEST) + jnp.asarray(params["b"])[None]
+    return logits.astype(features.dtype)
 
 
 def _standardised(x, query, keep):
