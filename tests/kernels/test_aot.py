@@ -36,7 +36,7 @@ def test_grouped_matmul_and_its_gradients_compile(target):
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu:v5e", "tpu:tpu7x", "gpu:h100"])  # its kernels are those of every target above
 def test_expert_ffn_and_its_gradients_compile(target):
-    """Three products; in the backward three by weights and three for the rows, and two again, which both passes share."""
+    """Three products; in the backward three by weights, three for the rows, and two again, which both passes share."""
 
     def both(x, weights, plan, dy):
         y, pull = jax.vjp(lambda x, weights: expert_ffn(x, weights, plan), x, weights)
