@@ -11,6 +11,9 @@ then use the negatives of all devices.
 Where a stronger model can judge candidates, `mine_hard_negatives` chooses among them by its scores and
 `judge_alignment_loss` teaches the embeddings these scores; `pairwise_rerank_loss` and `listwise_rerank_loss` train a
 reranker on the same candidates.
+
+`saha_clusters` makes batches of pairs that the model itself finds hard for each other, and `cluster_info_nce_loss`
+trains on them.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -36,6 +39,13 @@ from jaxlab.contrastive.matryoshka_representation import (
     retrieval_cost,
     tune_thresholds,
 )
+from jaxlab.contrastive.saha import (
+    cluster_info_nce_loss,
+    false_negative_rate,
+    hierarchical_prompt,
+    last_token_pool,
+    saha_clusters,
+)
 from jaxlab.contrastive.unime_v2 import (
     judge_alignment_loss,
     judge_scores,
@@ -47,13 +57,17 @@ from jaxlab.contrastive.unime_v2 import (
 __all__ = [
     "adaptive_classify",
     "alignment",
+    "cluster_info_nce_loss",
+    "false_negative_rate",
     "funnel_search",
     "groco_loss",
     "groco_multiview_loss",
     "hard_contrastive_loss",
+    "hierarchical_prompt",
     "info_nce_loss",
     "judge_alignment_loss",
     "judge_scores",
+    "last_token_pool",
     "listwise_rerank_loss",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
@@ -67,6 +81,7 @@ __all__ = [
     "prefix_search",
     "relative_penalty",
     "retrieval_cost",
+    "saha_clusters",
     "simple_contrastive_loss",
     "tolerance",
     "tune_thresholds",
