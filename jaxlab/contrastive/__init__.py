@@ -14,8 +14,20 @@ reranker on the same candidates.
 
 `saha_clusters` makes batches of pairs that the model itself finds hard for each other, and `cluster_info_nce_loss`
 trains on them.
+
+`cm3` and `cm3_loss` recommend items from interactions and from several modalities of features, `interaction_graph`
+prepares these, and `recall_and_ndcg` measures a ranking.
 """
 
+from jaxlab.contrastive.cm3 import (
+    InteractionGraph,
+    calibrated_uniformity,
+    cm3,
+    cm3_loss,
+    interaction_graph,
+    recall_and_ndcg,
+    spherical_bezier,
+)
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
 from jaxlab.contrastive.hard_contrastive import (
     alignment,
@@ -55,9 +67,13 @@ from jaxlab.contrastive.unime_v2 import (
 )
 
 __all__ = [
+    "InteractionGraph",
     "adaptive_classify",
     "alignment",
+    "calibrated_uniformity",
     "cluster_info_nce_loss",
+    "cm3",
+    "cm3_loss",
     "false_negative_rate",
     "funnel_search",
     "groco_loss",
@@ -65,6 +81,7 @@ __all__ = [
     "hard_contrastive_loss",
     "hierarchical_prompt",
     "info_nce_loss",
+    "interaction_graph",
     "judge_alignment_loss",
     "judge_scores",
     "last_token_pool",
@@ -79,10 +96,12 @@ __all__ = [
     "pairwise_rerank_loss",
     "penalty_entropy",
     "prefix_search",
+    "recall_and_ndcg",
     "relative_penalty",
     "retrieval_cost",
     "saha_clusters",
     "simple_contrastive_loss",
+    "spherical_bezier",
     "tolerance",
     "tune_thresholds",
     "uniformity",
