@@ -11,8 +11,23 @@ then use the negatives of all devices.
 Where a stronger model can judge candidates, `mine_hard_negatives` chooses among them by its scores and
 `judge_alignment_loss` teaches the embeddings these scores; `pairwise_rerank_loss` and `listwise_rerank_loss` train a
 reranker on the same candidates.
+
+`saha_clusters` makes batches of pairs that the model itself finds hard for each other, and `cluster_info_nce_loss`
+trains on them.
+
+`cm3` and `cm3_loss` recommend items from interactions and from several modalities of features, `interaction_graph`
+prepares these, and `recall_and_ndcg` measures a ranking.
 """
 
+from jaxlab.contrastive.cm3 import (
+    InteractionGraph,
+    calibrated_uniformity,
+    cm3,
+    cm3_loss,
+    interaction_graph,
+    recall_and_ndcg,
+    spherical_bezier,
+)
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
 from jaxlab.contrastive.hard_contrastive import (
     alignment,
@@ -36,6 +51,13 @@ from jaxlab.contrastive.matryoshka_representation import (
     retrieval_cost,
     tune_thresholds,
 )
+from jaxlab.contrastive.saha import (
+    cluster_info_nce_loss,
+    false_negative_rate,
+    hierarchical_prompt,
+    last_token_pool,
+    saha_clusters,
+)
 from jaxlab.contrastive.unime_v2 import (
     judge_alignment_loss,
     judge_scores,
@@ -45,15 +67,24 @@ from jaxlab.contrastive.unime_v2 import (
 )
 
 __all__ = [
+    "InteractionGraph",
     "adaptive_classify",
     "alignment",
+    "calibrated_uniformity",
+    "cluster_info_nce_loss",
+    "cm3",
+    "cm3_loss",
+    "false_negative_rate",
     "funnel_search",
     "groco_loss",
     "groco_multiview_loss",
     "hard_contrastive_loss",
+    "hierarchical_prompt",
     "info_nce_loss",
+    "interaction_graph",
     "judge_alignment_loss",
     "judge_scores",
+    "last_token_pool",
     "listwise_rerank_loss",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
@@ -65,9 +96,12 @@ __all__ = [
     "pairwise_rerank_loss",
     "penalty_entropy",
     "prefix_search",
+    "recall_and_ndcg",
     "relative_penalty",
     "retrieval_cost",
+    "saha_clusters",
     "simple_contrastive_loss",
+    "spherical_bezier",
     "tolerance",
     "tune_thresholds",
     "uniformity",

@@ -62,8 +62,9 @@ def hard_contrastive_loss(
         ValueError: shapes do not fit, or an option is out of range.
 
     Example:
-        >>> a, b = jax.random.normal(jax.random.key(0), (2, 8, 4))
-        >>> float(hard_contrastive_loss(a, b)) < float(hard_contrastive_loss(a, b, alpha=1.0))
+        >>> both = jax.jit(lambda a, b: [hard_contrastive_loss(a, b, alpha=alpha) for alpha in (0.1, 1.0)])
+        >>> hard, plain = both(np.eye(4), np.eye(4)[::-1])
+        >>> bool(hard < plain)
         True
 
     Source:
@@ -103,8 +104,7 @@ def simple_contrastive_loss(
         ValueError: shapes do not fit, or an option is out of range.
 
     Example:
-        >>> x = jnp.eye(3)
-        >>> float(simple_contrastive_loss(x, x))
+        >>> float(jax.jit(simple_contrastive_loss)(np.eye(3), np.eye(3)))
         -1.0
 
     Source:
@@ -130,7 +130,8 @@ def relative_penalty(scores: Array, *, temperature: float | Array, where: Array 
         ValueError: `temperature` is not positive or `where` does not fit.
 
     Example:
-        >>> relative_penalty(jnp.array([0.9, 0.9, 0.1]), temperature=0.1, where=jnp.array([True, True, False])).tolist()
+        >>> penalty = jax.jit(lambda scores, where: relative_penalty(scores, temperature=0.1, where=where))
+        >>> penalty(jnp.array([0.9, 0.9, 0.1]), jnp.array([True, True, False])).tolist()
         [0.5, 0.5, 0.0]
 
     Source:
@@ -155,7 +156,8 @@ def penalty_entropy(scores: Array, *, temperature: float | Array, where: Array |
         ValueError: `temperature` is not positive or `where` does not fit.
 
     Example:
-        >>> round(penalty_entropy(jnp.zeros(4), temperature=1.0).item(), 4)  # log 4
+        >>> entropy = jax.jit(lambda scores: penalty_entropy(scores, temperature=1.0))
+        >>> round(entropy(jnp.zeros(4)).item(), 4)  # log 4
         1.3863
 
     Source:
@@ -184,7 +186,7 @@ def uniformity(embeddings: Array, *, t: float = 2.0, where: Array | None = None,
         ValueError: a shape does not fit, or `t` is not positive.
 
     Example:
-        >>> float(uniformity(jnp.array([[1.0, 0.0], [0.0, 1.0]])).round(4))
+        >>> round(jax.jit(uniformity)(jnp.array([[1.0, 0.0], [0.0, 1.0]])).item(), 4)
         -4.0
 
     Source:
@@ -212,7 +214,7 @@ def tolerance(embeddings: Array, labels: Array, *, where: Array | None = None, a
         ValueError: a shape does not fit.
 
     Example:
-        >>> float(tolerance(jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0, 1])))
+        >>> float(jax.jit(tolerance)(jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0, 1])))
         1.0
 
     Source:
@@ -248,7 +250,7 @@ def alignment(
         ValueError: shapes do not fit.
 
     Example:
-        >>> float(alignment(jnp.eye(2), jnp.eye(2)[::-1]))
+        >>> float(jax.jit(alignment)(np.eye(2), np.eye(2)[::-1]))
         2.0
 
     Source:
