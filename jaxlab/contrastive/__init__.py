@@ -32,6 +32,7 @@ from jaxlab.contrastive.matryoshka_representation import (
     retrieval_cost,
     tune_thresholds,
 )
+from jaxlab.contrastive.supervised import supervised_contrastive_loss
 
 __all__ = [
     "adaptive_classify",
@@ -52,6 +53,7 @@ __all__ = [
     "relative_penalty",
     "retrieval_cost",
     "simple_contrastive_loss",
+    "supervised_contrastive_loss",
     "tolerance",
     "tune_thresholds",
     "uniformity",
