@@ -58,6 +58,7 @@ from jaxlab.contrastive.saha import (
     last_token_pool,
     saha_clusters,
 )
+from jaxlab.contrastive.supervised import supervised_contrastive_loss
 from jaxlab.contrastive.unime_v2 import (
     judge_alignment_loss,
     judge_scores,
@@ -102,6 +103,7 @@ __all__ = [
     "saha_clusters",
     "simple_contrastive_loss",
     "spherical_bezier",
+    "supervised_contrastive_loss",
     "tolerance",
     "tune_thresholds",
     "uniformity",
