@@ -49,9 +49,8 @@ def losses(quick: bool) -> Iterator[Contest]:
     }
     for name, (loss, peer, ids) in on_views.items():
         yield _contest(name, loss, views, peer, None if ids is None else ids.reshape(-1))
-    if hasattr(contrastive, "supervised_contrastive_loss"):
-        ours = lambda v: contrastive.supervised_contrastive_loss(v[0], labels)
-        yield _contest("supervised_contrastive_loss", ours, views[:1], "SupConLoss", np.asarray(labels))
+    ours = lambda v: contrastive.supervised_contrastive_loss(v[0], labels)
+    yield _contest("supervised_contrastive_loss", ours, views[:1], "SupConLoss", np.asarray(labels))
 
 
 def _contest(name: str, loss: Callable[[Any], Any], views: Any, peer: str | None, ids: np.ndarray | None) -> Contest:
