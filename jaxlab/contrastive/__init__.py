@@ -17,6 +17,9 @@ trains on them.
 
 `cm3` and `cm3_loss` recommend items from interactions and from several modalities of features, `interaction_graph`
 prepares these, and `recall_and_ndcg` measures a ranking.
+
+`swav_loss` predicts a balanced assignment of one crop to prototypes from the other crops; `group_gaps` and its
+companions compare features between groups of people and places.
 """
 
 from jaxlab.contrastive.cm3 import (
@@ -58,6 +61,16 @@ from jaxlab.contrastive.saha import (
     last_token_pool,
     saha_clusters,
 )
+from jaxlab.contrastive.swav_fairness import (
+    effective_robustness,
+    group_gaps,
+    harmful_association_rate,
+    hit_at_k,
+    regnet_widths,
+    same_attribute_precision,
+    sinkhorn_codes,
+    swav_loss,
+)
 from jaxlab.contrastive.unime_v2 import (
     judge_alignment_loss,
     judge_scores,
@@ -74,12 +87,16 @@ __all__ = [
     "cluster_info_nce_loss",
     "cm3",
     "cm3_loss",
+    "effective_robustness",
     "false_negative_rate",
     "funnel_search",
     "groco_loss",
     "groco_multiview_loss",
+    "group_gaps",
     "hard_contrastive_loss",
+    "harmful_association_rate",
     "hierarchical_prompt",
+    "hit_at_k",
     "info_nce_loss",
     "interaction_graph",
     "judge_alignment_loss",
@@ -97,11 +114,15 @@ __all__ = [
     "penalty_entropy",
     "prefix_search",
     "recall_and_ndcg",
+    "regnet_widths",
     "relative_penalty",
     "retrieval_cost",
     "saha_clusters",
+    "same_attribute_precision",
     "simple_contrastive_loss",
+    "sinkhorn_codes",
     "spherical_bezier",
+    "swav_loss",
     "tolerance",
     "tune_thresholds",
     "uniformity",
