@@ -20,6 +20,8 @@ prepares these, and `recall_and_ndcg` measures a ranking.
 
 `swav_loss` predicts a balanced assignment of one crop to prototypes from the other crops; `group_gaps` and its
 companions compare features between groups of people and places.
+
+`gedi_loss` clusters and models the density with one network; `langevin` draws its samples.
 """
 
 from jaxlab.contrastive.cm3 import (
@@ -31,6 +33,7 @@ from jaxlab.contrastive.cm3 import (
     recall_and_ndcg,
     spherical_bezier,
 )
+from jaxlab.contrastive.gedi import clustering_scores, draw_from_buffer, energy, gedi_loss, langevin, sum_log_likelihood
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
 from jaxlab.contrastive.hard_contrastive import (
     alignment,
@@ -85,11 +88,15 @@ __all__ = [
     "alignment",
     "calibrated_uniformity",
     "cluster_info_nce_loss",
+    "clustering_scores",
     "cm3",
     "cm3_loss",
+    "draw_from_buffer",
     "effective_robustness",
+    "energy",
     "false_negative_rate",
     "funnel_search",
+    "gedi_loss",
     "groco_loss",
     "groco_multiview_loss",
     "group_gaps",
@@ -101,6 +108,7 @@ __all__ = [
     "interaction_graph",
     "judge_alignment_loss",
     "judge_scores",
+    "langevin",
     "last_token_pool",
     "listwise_rerank_loss",
     "matryoshka_contrastive_loss",
@@ -122,6 +130,7 @@ __all__ = [
     "simple_contrastive_loss",
     "sinkhorn_codes",
     "spherical_bezier",
+    "sum_log_likelihood",
     "swav_loss",
     "tolerance",
     "tune_thresholds",
