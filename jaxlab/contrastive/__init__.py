@@ -22,6 +22,8 @@ prepares these, and `recall_and_ndcg` measures a ranking.
 companions compare features between groups of people and places.
 
 `gedi_loss` clusters and models the density with one network; `langevin` draws its samples.
+
+`aggregate_by_similarity` and `snippet_reconstruction_loss` reconstruct a snippet of a time series from others.
 """
 
 from jaxlab.contrastive.cm3 import (
@@ -64,6 +66,14 @@ from jaxlab.contrastive.saha import (
     last_token_pool,
     saha_clusters,
 )
+from jaxlab.contrastive.snippet_reconstruction import (
+    aggregate_by_similarity,
+    bilstm,
+    geometric_mask,
+    masked_views,
+    snippet_reconstruction_loss,
+    uncertainty_weighted_sum,
+)
 from jaxlab.contrastive.swav_fairness import (
     effective_robustness,
     group_gaps,
@@ -85,7 +95,9 @@ from jaxlab.contrastive.unime_v2 import (
 __all__ = [
     "InteractionGraph",
     "adaptive_classify",
+    "aggregate_by_similarity",
     "alignment",
+    "bilstm",
     "calibrated_uniformity",
     "cluster_info_nce_loss",
     "clustering_scores",
@@ -97,6 +109,7 @@ __all__ = [
     "false_negative_rate",
     "funnel_search",
     "gedi_loss",
+    "geometric_mask",
     "groco_loss",
     "groco_multiview_loss",
     "group_gaps",
@@ -111,6 +124,7 @@ __all__ = [
     "langevin",
     "last_token_pool",
     "listwise_rerank_loss",
+    "masked_views",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
     "matryoshka_loss",
@@ -129,10 +143,12 @@ __all__ = [
     "same_attribute_precision",
     "simple_contrastive_loss",
     "sinkhorn_codes",
+    "snippet_reconstruction_loss",
     "spherical_bezier",
     "sum_log_likelihood",
     "swav_loss",
     "tolerance",
     "tune_thresholds",
+    "uncertainty_weighted_sum",
     "uniformity",
 ]
