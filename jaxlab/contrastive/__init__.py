@@ -74,6 +74,7 @@ from jaxlab.contrastive.snippet_reconstruction import (
     snippet_reconstruction_loss,
     uncertainty_weighted_sum,
 )
+from jaxlab.contrastive.supervised import supervised_contrastive_loss
 from jaxlab.contrastive.swav_fairness import (
     effective_robustness,
     group_gaps,
@@ -146,6 +147,7 @@ __all__ = [
     "snippet_reconstruction_loss",
     "spherical_bezier",
     "sum_log_likelihood",
+    "supervised_contrastive_loss",
     "swav_loss",
     "tolerance",
     "tune_thresholds",
