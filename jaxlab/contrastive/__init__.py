@@ -17,6 +17,13 @@ trains on them.
 
 `cm3` and `cm3_loss` recommend items from interactions and from several modalities of features, `interaction_graph`
 prepares these, and `recall_and_ndcg` measures a ranking.
+
+`swav_loss` predicts a balanced assignment of one crop to prototypes from the other crops; `group_gaps` and its
+companions compare features between groups of people and places.
+
+`gedi_loss` clusters and models the density with one network; `langevin` draws its samples.
+
+`aggregate_by_similarity` and `snippet_reconstruction_loss` reconstruct a snippet of a time series from others.
 """
 
 from jaxlab.contrastive.cm3 import (
@@ -28,6 +35,7 @@ from jaxlab.contrastive.cm3 import (
     recall_and_ndcg,
     spherical_bezier,
 )
+from jaxlab.contrastive.gedi import clustering_scores, draw_from_buffer, energy, gedi_loss, langevin, sum_log_likelihood
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
 from jaxlab.contrastive.hard_contrastive import (
     alignment,
@@ -58,7 +66,25 @@ from jaxlab.contrastive.saha import (
     last_token_pool,
     saha_clusters,
 )
+from jaxlab.contrastive.snippet_reconstruction import (
+    aggregate_by_similarity,
+    bilstm,
+    geometric_mask,
+    masked_views,
+    snippet_reconstruction_loss,
+    uncertainty_weighted_sum,
+)
 from jaxlab.contrastive.supervised import supervised_contrastive_loss
+from jaxlab.contrastive.swav_fairness import (
+    effective_robustness,
+    group_gaps,
+    harmful_association_rate,
+    hit_at_k,
+    regnet_widths,
+    same_attribute_precision,
+    sinkhorn_codes,
+    swav_loss,
+)
 from jaxlab.contrastive.unime_v2 import (
     judge_alignment_loss,
     judge_scores,
@@ -70,23 +96,36 @@ from jaxlab.contrastive.unime_v2 import (
 __all__ = [
     "InteractionGraph",
     "adaptive_classify",
+    "aggregate_by_similarity",
     "alignment",
+    "bilstm",
     "calibrated_uniformity",
     "cluster_info_nce_loss",
+    "clustering_scores",
     "cm3",
     "cm3_loss",
+    "draw_from_buffer",
+    "effective_robustness",
+    "energy",
     "false_negative_rate",
     "funnel_search",
+    "gedi_loss",
+    "geometric_mask",
     "groco_loss",
     "groco_multiview_loss",
+    "group_gaps",
     "hard_contrastive_loss",
+    "harmful_association_rate",
     "hierarchical_prompt",
+    "hit_at_k",
     "info_nce_loss",
     "interaction_graph",
     "judge_alignment_loss",
     "judge_scores",
+    "langevin",
     "last_token_pool",
     "listwise_rerank_loss",
+    "masked_views",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
     "matryoshka_loss",
@@ -98,13 +137,20 @@ __all__ = [
     "penalty_entropy",
     "prefix_search",
     "recall_and_ndcg",
+    "regnet_widths",
     "relative_penalty",
     "retrieval_cost",
     "saha_clusters",
+    "same_attribute_precision",
     "simple_contrastive_loss",
+    "sinkhorn_codes",
+    "snippet_reconstruction_loss",
     "spherical_bezier",
+    "sum_log_likelihood",
     "supervised_contrastive_loss",
+    "swav_loss",
     "tolerance",
     "tune_thresholds",
+    "uncertainty_weighted_sum",
     "uniformity",
 ]
