@@ -7,6 +7,9 @@ own. `hard_contrastive_loss` keeps only the hardest negatives in the softmax, an
 `alignment` tell what the temperature does to the embeddings. `matryoshka_loss` and `matryoshka_contrastive_loss` make
 every prefix of an embedding a good one, for `adaptive_classify` and `funnel_search`. All losses take `axis_name` and
 then use the negatives of all devices.
+
+`mmcr_loss` compares no pairs: it spreads the mean of each image's views over many directions, at a cost linear in the
+number of views; `manifold_statistics` and `effective_rank` show how far that went.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -32,22 +35,27 @@ from jaxlab.contrastive.matryoshka_representation import (
     retrieval_cost,
     tune_thresholds,
 )
+from jaxlab.contrastive.mmcr import effective_rank, manifold_statistics, mmcr_loss, nuclear_norm
 from jaxlab.contrastive.supervised import supervised_contrastive_loss
 
 __all__ = [
     "adaptive_classify",
     "alignment",
+    "effective_rank",
     "funnel_search",
     "groco_loss",
     "groco_multiview_loss",
     "hard_contrastive_loss",
     "info_nce_loss",
+    "manifold_statistics",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
     "matryoshka_loss",
     "mean_average_precision",
+    "mmcr_loss",
     "nesting_dims",
     "nt_xent_loss",
+    "nuclear_norm",
     "penalty_entropy",
     "prefix_search",
     "relative_penalty",
