@@ -9,7 +9,8 @@ every prefix of an embedding a good one, for `adaptive_classify` and `funnel_sea
 then use the negatives of all devices.
 
 `mmcr_loss` compares no pairs: it spreads the mean of each image's views over many directions, at a cost linear in the
-number of views; `manifold_statistics` and `effective_rank` show how far that went.
+number of views; `manifold_statistics` and `effective_rank` show how far that went. `pair_contrastive_loss` makes
+samples of any two classes positive, in the dimensions that a `pair_gate` leaves open to them.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -21,6 +22,14 @@ from jaxlab.contrastive.hard_contrastive import (
     simple_contrastive_loss,
     tolerance,
     uniformity,
+)
+from jaxlab.contrastive.hydra import (
+    class_relations,
+    filtered_similarity,
+    gate_entropy,
+    pair_contrastive_loss,
+    pair_gate,
+    sample_partners,
 )
 from jaxlab.contrastive.info_nce import info_nce_loss, nt_xent_loss
 from jaxlab.contrastive.matryoshka_representation import (
@@ -41,8 +50,11 @@ from jaxlab.contrastive.supervised import supervised_contrastive_loss
 __all__ = [
     "adaptive_classify",
     "alignment",
+    "class_relations",
     "effective_rank",
+    "filtered_similarity",
     "funnel_search",
+    "gate_entropy",
     "groco_loss",
     "groco_multiview_loss",
     "hard_contrastive_loss",
@@ -56,10 +68,13 @@ __all__ = [
     "nesting_dims",
     "nt_xent_loss",
     "nuclear_norm",
+    "pair_contrastive_loss",
+    "pair_gate",
     "penalty_entropy",
     "prefix_search",
     "relative_penalty",
     "retrieval_cost",
+    "sample_partners",
     "simple_contrastive_loss",
     "supervised_contrastive_loss",
     "tolerance",
