@@ -11,6 +11,8 @@ then use the negatives of all devices.
 `mmcr_loss` compares no pairs: it spreads the mean of each image's views over many directions, at a cost linear in the
 number of views; `manifold_statistics` and `effective_rank` show how far that went. `pair_contrastive_loss` makes
 samples of any two classes positive, in the dimensions that a `pair_gate` leaves open to them.
+
+With labels: `supervised_contrastive_loss`, and `sbcl_loss` where some classes are much larger than others.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -45,12 +47,24 @@ from jaxlab.contrastive.matryoshka_representation import (
     tune_thresholds,
 )
 from jaxlab.contrastive.mmcr import effective_rank, manifold_statistics, mmcr_loss, nuclear_norm
+from jaxlab.contrastive.sbcl import (
+    assign_subclasses,
+    balanced_kmeans,
+    class_temperatures,
+    ldam_loss,
+    long_tail_indices,
+    sbcl_loss,
+    subclass_counts,
+)
 from jaxlab.contrastive.supervised import supervised_contrastive_loss
 
 __all__ = [
     "adaptive_classify",
     "alignment",
+    "assign_subclasses",
+    "balanced_kmeans",
     "class_relations",
+    "class_temperatures",
     "effective_rank",
     "filtered_similarity",
     "funnel_search",
@@ -59,6 +73,8 @@ __all__ = [
     "groco_multiview_loss",
     "hard_contrastive_loss",
     "info_nce_loss",
+    "ldam_loss",
+    "long_tail_indices",
     "manifold_statistics",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
@@ -75,7 +91,9 @@ __all__ = [
     "relative_penalty",
     "retrieval_cost",
     "sample_partners",
+    "sbcl_loss",
     "simple_contrastive_loss",
+    "subclass_counts",
     "supervised_contrastive_loss",
     "tolerance",
     "tune_thresholds",
