@@ -12,7 +12,8 @@ then use the negatives of all devices.
 number of views; `manifold_statistics` and `effective_rank` show how far that went. `pair_contrastive_loss` makes
 samples of any two classes positive, in the dimensions that a `pair_gate` leaves open to them.
 
-With labels: `supervised_contrastive_loss`, and `sbcl_loss` where some classes are much larger than others.
+With labels: `supervised_contrastive_loss`, and `sbcl_loss` where some classes are much larger than others. With a graph
+of images: `transitive_pairs` joins what its edges imply, and `batch_hard_triplet_loss` learns from any pairs.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -57,14 +58,24 @@ from jaxlab.contrastive.sbcl import (
     subclass_counts,
 )
 from jaxlab.contrastive.supervised import supervised_contrastive_loss
+from jaxlab.contrastive.transitive_invariance import (
+    batch_hard_triplet_loss,
+    cosine_triplet_loss,
+    neighbour_edges,
+    sample_triplets,
+    transitive_pair_list,
+    transitive_pairs,
+)
 
 __all__ = [
     "adaptive_classify",
     "alignment",
     "assign_subclasses",
     "balanced_kmeans",
+    "batch_hard_triplet_loss",
     "class_relations",
     "class_temperatures",
+    "cosine_triplet_loss",
     "effective_rank",
     "filtered_similarity",
     "funnel_search",
@@ -81,6 +92,7 @@ __all__ = [
     "matryoshka_loss",
     "mean_average_precision",
     "mmcr_loss",
+    "neighbour_edges",
     "nesting_dims",
     "nt_xent_loss",
     "nuclear_norm",
@@ -91,11 +103,14 @@ __all__ = [
     "relative_penalty",
     "retrieval_cost",
     "sample_partners",
+    "sample_triplets",
     "sbcl_loss",
     "simple_contrastive_loss",
     "subclass_counts",
     "supervised_contrastive_loss",
     "tolerance",
+    "transitive_pair_list",
+    "transitive_pairs",
     "tune_thresholds",
     "uniformity",
 ]
