@@ -14,6 +14,8 @@ samples of any two classes positive, in the dimensions that a `pair_gate` leaves
 
 With labels: `supervised_contrastive_loss`, and `sbcl_loss` where some classes are much larger than others. With a graph
 of images: `transitive_pairs` joins what its edges imply, and `batch_hard_triplet_loss` learns from any pairs.
+
+`tell` clusters while it learns to reconstruct; its layer's weights are the centres.
 """
 
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
@@ -58,6 +60,16 @@ from jaxlab.contrastive.sbcl import (
     subclass_counts,
 )
 from jaxlab.contrastive.supervised import supervised_contrastive_loss
+from jaxlab.contrastive.tell import (
+    adjusted_rand_index,
+    centres_to_layer,
+    layer_to_centres,
+    tell,
+    tell_assign,
+    tell_cluster_loss,
+    tell_fit,
+    tell_kmeans_loss,
+)
 from jaxlab.contrastive.transitive_invariance import (
     batch_hard_triplet_loss,
     cosine_triplet_loss,
@@ -69,10 +81,12 @@ from jaxlab.contrastive.transitive_invariance import (
 
 __all__ = [
     "adaptive_classify",
+    "adjusted_rand_index",
     "alignment",
     "assign_subclasses",
     "balanced_kmeans",
     "batch_hard_triplet_loss",
+    "centres_to_layer",
     "class_relations",
     "class_temperatures",
     "cosine_triplet_loss",
@@ -84,6 +98,7 @@ __all__ = [
     "groco_multiview_loss",
     "hard_contrastive_loss",
     "info_nce_loss",
+    "layer_to_centres",
     "ldam_loss",
     "long_tail_indices",
     "manifold_statistics",
@@ -108,6 +123,11 @@ __all__ = [
     "simple_contrastive_loss",
     "subclass_counts",
     "supervised_contrastive_loss",
+    "tell",
+    "tell_assign",
+    "tell_cluster_loss",
+    "tell_fit",
+    "tell_kmeans_loss",
     "tolerance",
     "transitive_pair_list",
     "transitive_pairs",
