@@ -13,7 +13,8 @@ number of views; `manifold_statistics` and `effective_rank` show how far that we
 samples of any two classes positive, in the dimensions that a `pair_gate` leaves open to them.
 
 With labels: `supervised_contrastive_loss`, and `sbcl_loss` where some classes are much larger than others. With a graph
-of images: `transitive_pairs` joins what its edges imply, and `batch_hard_triplet_loss` learns from any pairs.
+of images: `transitive_pairs` joins what its edges imply, and `batch_hard_triplet_loss` learns from any pairs. With
+people to ask: `similarity_query_loss` learns from which two of three they find most alike.
 
 `tell` clusters while it learns to reconstruct; its layer's weights are the centres.
 """
@@ -59,6 +60,14 @@ from jaxlab.contrastive.sbcl import (
     sbcl_loss,
     subclass_counts,
 )
+from jaxlab.contrastive.sirl import (
+    euclidean_triplet_loss,
+    feature_prediction_error,
+    odd_one_out,
+    preference_accuracy,
+    preference_loss,
+    similarity_query_loss,
+)
 from jaxlab.contrastive.supervised import supervised_contrastive_loss
 from jaxlab.contrastive.tell import (
     adjusted_rand_index,
@@ -91,6 +100,8 @@ __all__ = [
     "class_temperatures",
     "cosine_triplet_loss",
     "effective_rank",
+    "euclidean_triplet_loss",
+    "feature_prediction_error",
     "filtered_similarity",
     "funnel_search",
     "gate_entropy",
@@ -111,15 +122,19 @@ __all__ = [
     "nesting_dims",
     "nt_xent_loss",
     "nuclear_norm",
+    "odd_one_out",
     "pair_contrastive_loss",
     "pair_gate",
     "penalty_entropy",
+    "preference_accuracy",
+    "preference_loss",
     "prefix_search",
     "relative_penalty",
     "retrieval_cost",
     "sample_partners",
     "sample_triplets",
     "sbcl_loss",
+    "similarity_query_loss",
     "simple_contrastive_loss",
     "subclass_counts",
     "supervised_contrastive_loss",
