@@ -23,6 +23,11 @@ def unit_rows(x: Array, keep: Array) -> Array:
     return safe_normalize(zero_where_false(x, keep).astype(compute_dtype(x)))
 
 
+def own_index(rows: int, axis_name: str | None) -> Array:
+    """Returns int [rows]: which of the gathered rows each row is."""
+    return axis_index(axis_name) * rows + jnp.arange(rows)
+
+
 def own_columns(rows: int, total: int, axis_name: str | None) -> Array:
     """Returns bool [rows, total]: which of the gathered columns is the row itself."""
-    return (axis_index(axis_name) * rows + jnp.arange(rows))[:, None] == jnp.arange(total)[None, :]
+    return own_index(rows, axis_name)[:, None] == jnp.arange(total)[None, :]

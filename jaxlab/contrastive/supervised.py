@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.contrastive._pairs import checked_where, own_columns, unit_rows
+from jaxlab.contrastive._pairs import checked_where, own_index, unit_rows
+from jaxlab.ops.chunks import map_rows
 from jaxlab.ops.collectives import gather_rows
 from jaxlab.ops.masked import masked_logsumexp, masked_mean
 from jaxlab.ops.reduction import reduce_terms
@@ -27,6 +28,7 @@ def supervised_contrastive_loss(
     where: Array | None = None,
     axis_name: str | None = None,
     reduction: str = "mean",
+    chunk: int | None = None,
 ) -> Array:
     """Returns the supervised contrastive loss: the log-probability of each positive among all others, averaged.
 
@@ -39,6 +41,7 @@ def supervised_contrastive_loss(
         where: bool [N], real rows.
         axis_name: mapped axis over which the rows are spread: positives and negatives come from all shards.
         reduction: "mean" (over all shards) or "none", `[N]`.
+        chunk: anchors that are compared at a time, forward and backward, so that memory is linear in N; None = all.
 
     Returns:
         Scalar in the accumulation dtype (float32 for bfloat16 input), or `[N]` in the dtype of `embeddings`. An anchor
@@ -62,17 +65,22 @@ def supervised_contrastive_loss(
     keep = checked_where(where, embeddings.shape[0], temperature)
     if labels.shape != keep.shape:
         raise ValueError(f"labels has shape {labels.shape}, expected {keep.shape}, a label for each embedding")
-    terms, some = rows_mixed(_terms)(embeddings, labels, keep, temperature=temperature, axis_name=axis_name)
+    options = {"temperature": temperature, "axis_name": axis_name, "chunk": chunk}
+    terms, some = rows_mixed(_terms)(embeddings, labels, keep, **options)
     return reduce_terms(terms, some, reduction=reduction, axis_name=axis_name, dtype=embeddings.dtype)
 
 
-def _terms(embeddings, labels, keep, *, temperature, axis_name):
+def _terms(embeddings, labels, keep, *, temperature, axis_name, chunk):
     unit = unit_rows(embeddings, keep)
     others, exist, classes = (gather_rows(x, axis_name) for x in (unit, keep, labels))
-    logits = jnp.matmul(unit, others.T, precision=jax.lax.Precision.HIGHEST) / temperature
-    counted = exist[None, :] & jnp.logical_not(own_columns(unit.shape[0], others.shape[0], axis_name))
-    positive = counted & (keep & (labels >= 0))[:, None] & (labels[:, None] == classes[None, :])
-    return _positive_terms(logits, positive, counted), jnp.any(positive, axis=1)
+
+    def block(unit, labels, keep, index):
+        logits = jnp.matmul(unit, others.T, precision=jax.lax.Precision.HIGHEST) / temperature
+        counted = exist[None, :] & (index[:, None] != jnp.arange(len(others))[None, :])
+        positive = counted & (keep & (labels >= 0))[:, None] & (labels[:, None] == classes[None, :])
+        return _positive_terms(logits, positive, counted), jnp.any(positive, axis=1)
+
+    return map_rows(block, unit, labels, keep, own_index(len(unit), axis_name), chunk=chunk)
 
 
 def _positive_terms(logits: Array, positive: Array, counted: Array) -> Array:

@@ -34,9 +34,10 @@ def test_equals_the_loop():
     @jax.jit
     def both(z):
         terms = supervised_contrastive_loss(z, labels, reduction="none", **options)
-        return terms, supervised_contrastive_loss(z, labels, **options)
+        return terms, *(supervised_contrastive_loss(z, labels, chunk=chunk, **options) for chunk in (None, 2))
 
-    terms, mean = both(np.where(where[:, None], z, np.nan).astype(np.float32))
+    terms, mean, in_chunks = both(np.where(where[:, None], z, np.nan).astype(np.float32))
+    np.testing.assert_allclose(in_chunks, mean, rtol=1e-6)
     np.testing.assert_allclose(terms, np.nan_to_num(expected), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(mean, np.nanmean(expected), rtol=2e-5)
     assert np.isnan(expected).sum() == 4  # masked, two unlabelled, alone in its class
