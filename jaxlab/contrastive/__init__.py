@@ -18,7 +18,6 @@ people to ask: `similarity_query_loss` learns from which two of three they find 
 
 `tell` clusters while it learns to reconstruct; its layer's weights are the centres.
 
-
 Where a stronger model can judge candidates, `mine_hard_negatives` chooses among them by its scores and
 `judge_alignment_loss` teaches the embeddings these scores; `pairwise_rerank_loss` and `listwise_rerank_loss` train a
 reranker on the same candidates.
