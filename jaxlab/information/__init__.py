@@ -14,6 +14,14 @@ from jaxlab.information.bounds import (
     nwj_bound,
     smile_estimate,
 )
+from jaxlab.information.multimodal_competition import (
+    competition_loss,
+    jensen_shannon_divergence,
+    label_contrastive_loss,
+    mcr_loss,
+    modality_contributions,
+    ogm_coefficients,
+)
 from jaxlab.information.probes import logistic_probe, ridge_probe
 from jaxlab.information.wasserstein_dependency import (
     gradient_penalty,
@@ -23,13 +31,19 @@ from jaxlab.information.wasserstein_dependency import (
 )
 
 __all__ = [
+    "competition_loss",
     "donsker_varadhan_bound",
     "gaussian_mutual_information",
     "gradient_penalty",
     "info_nce_bound",
     "jensen_shannon_bound",
+    "jensen_shannon_divergence",
+    "label_contrastive_loss",
     "logistic_probe",
+    "mcr_loss",
+    "modality_contributions",
     "nwj_bound",
+    "ogm_coefficients",
     "ridge_probe",
     "smile_estimate",
     "wasserstein_dependency",
