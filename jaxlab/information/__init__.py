@@ -3,7 +3,8 @@
 Every bound takes a critic's scores of all pairs in a batch. Train with `info_nce_bound` (small variance, at most log N)
 or `jensen_shannon_bound` (stable, no estimate itself), and report with `smile_estimate`; `donsker_varadhan_bound` and
 `nwj_bound` are for large batches. `wpc_loss` is InfoNCE with a critic held to be 1-Lipschitz: take it where encoders
-are to keep many factors and batches are small.
+are to keep many factors and batches are small. `cmim_loss` is an auto-encoder whose codes serve linear readers,
+`ridge_probe` or `logistic_probe`.
 """
 
 from jaxlab.information.bounds import (
@@ -13,6 +14,15 @@ from jaxlab.information.bounds import (
     jensen_shannon_bound,
     nwj_bound,
     smile_estimate,
+)
+from jaxlab.information.cmim import (
+    cmim_contrastive_loss,
+    cmim_loss,
+    draw_codes,
+    gaussian_log_density,
+    informative_embedding,
+    mim_loss,
+    pool_hidden,
 )
 from jaxlab.information.multimodal_competition import (
     competition_loss,
@@ -31,19 +41,26 @@ from jaxlab.information.wasserstein_dependency import (
 )
 
 __all__ = [
+    "cmim_contrastive_loss",
+    "cmim_loss",
     "competition_loss",
     "donsker_varadhan_bound",
+    "draw_codes",
+    "gaussian_log_density",
     "gaussian_mutual_information",
     "gradient_penalty",
     "info_nce_bound",
+    "informative_embedding",
     "jensen_shannon_bound",
     "jensen_shannon_divergence",
     "label_contrastive_loss",
     "logistic_probe",
     "mcr_loss",
+    "mim_loss",
     "modality_contributions",
     "nwj_bound",
     "ogm_coefficients",
+    "pool_hidden",
     "ridge_probe",
     "smile_estimate",
     "wasserstein_dependency",
