@@ -24,6 +24,7 @@ from jaxlab.information.cmim import (
     mim_loss,
     pool_hidden,
 )
+from jaxlab.information.cmim_embeddings import batch_size_sensitivity, contrastive_weights
 from jaxlab.information.multimodal_competition import (
     competition_loss,
     jensen_shannon_divergence,
@@ -41,9 +42,11 @@ from jaxlab.information.wasserstein_dependency import (
 )
 
 __all__ = [
+    "batch_size_sensitivity",
     "cmim_contrastive_loss",
     "cmim_loss",
     "competition_loss",
+    "contrastive_weights",
     "donsker_varadhan_bound",
     "draw_codes",
     "gaussian_log_density",
