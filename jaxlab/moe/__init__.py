@@ -1,6 +1,8 @@
 """Sparse mixtures of experts: routers that return a plan, dispatch, experts and balance losses.
 
-Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing_loss` of the plan to your loss.
+Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing_loss` of the plan to your loss, and log
+`router_health`. `dropless` and `capacity` are two dispatches of the same plan; `axis_name` spreads the experts over a
+mesh.
 """
 
 from jaxlab.moe.balance import (
@@ -54,13 +56,27 @@ from jaxlab.moe.routers import (
     update_bias,
     update_relu_coefficient,
 )
+from jaxlab.moe.super_experts import (
+    OutputProfile,
+    attention_sink_score,
+    fisher_kurtosis,
+    massive_activations,
+    merge_profiles,
+    profile_outputs,
+    prune_experts,
+    rank_super_experts,
+    sink_rate,
+    super_expert_mask,
+)
 
 __all__ = [
     "Experts",
     "GatePlan",
     "NoisyPlan",
+    "OutputProfile",
     "RouterHealth",
     "SlotPlan",
+    "attention_sink_score",
     "balanced_hash",
     "base_router",
     "capacity",
@@ -72,6 +88,7 @@ __all__ = [
     "exchange_bytes",
     "expert_choice_router",
     "expert_load",
+    "fisher_kurtosis",
     "group_dispatch",
     "hard_permutation",
     "hash_router",
@@ -81,6 +98,8 @@ __all__ = [
     "limit_capacity",
     "load_balancing_loss",
     "load_loss",
+    "massive_activations",
+    "merge_profiles",
     "moe_layer",
     "moge_router",
     "mutual_information_loss",
@@ -92,6 +111,9 @@ __all__ = [
     "plan_from_gates",
     "plan_from_ids",
     "plan_from_weights",
+    "profile_outputs",
+    "prune_experts",
+    "rank_super_experts",
     "reachability_penalty",
     "relu_penalty",
     "relu_router",
@@ -99,9 +121,11 @@ __all__ = [
     "router_z_loss",
     "selector_entropy",
     "sigmoid_router",
+    "sink_rate",
     "sinkhorn_router",
     "soft_router",
     "squared_variation",
+    "super_expert_mask",
     "swiglu_experts",
     "top_k_router",
     "upcycle",
