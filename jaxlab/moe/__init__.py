@@ -15,6 +15,7 @@ from jaxlab.moe.balance import (
 )
 from jaxlab.moe.comet import comet_gate
 from jaxlab.moe.dispatch import capacity, drop_rate, dropless, limit_capacity
+from jaxlab.moe.emoe import avg_k_scores, balanced_kmeans, dense_to_emoe, emoe_ffn, emoe_to_dense
 from jaxlab.moe.exchange import exchange_bytes
 from jaxlab.moe.experts import Experts, layer_experts, swiglu_experts, upcycle
 from jaxlab.moe.health import RouterHealth, router_health
@@ -77,14 +78,19 @@ __all__ = [
     "RouterHealth",
     "SlotPlan",
     "attention_sink_score",
+    "avg_k_scores",
     "balanced_hash",
+    "balanced_kmeans",
     "base_router",
     "capacity",
     "comet_gate",
+    "dense_to_emoe",
     "dense_weights",
     "drop_rate",
     "dropless",
     "dselect_k_router",
+    "emoe_ffn",
+    "emoe_to_dense",
     "exchange_bytes",
     "expert_choice_router",
     "expert_load",
