@@ -1,6 +1,8 @@
 """Sparse mixtures of experts: routers that return a plan, dispatch, experts and balance losses.
 
-Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing_loss` of the plan to your loss.
+Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing_loss` of the plan to your loss, and log
+`router_health`. `dropless` and `capacity` are two dispatches of the same plan; `axis_name` spreads the experts over a
+mesh.
 """
 
 from jaxlab.moe.balance import (
@@ -13,6 +15,7 @@ from jaxlab.moe.balance import (
 )
 from jaxlab.moe.comet import comet_gate
 from jaxlab.moe.dispatch import capacity, drop_rate, dropless, limit_capacity
+from jaxlab.moe.emoe import avg_k_scores, balanced_kmeans, dense_to_emoe, emoe_ffn, emoe_to_dense
 from jaxlab.moe.exchange import exchange_bytes
 from jaxlab.moe.experts import Experts, layer_experts, swiglu_experts, upcycle
 from jaxlab.moe.health import RouterHealth, router_health
@@ -54,24 +57,44 @@ from jaxlab.moe.routers import (
     update_bias,
     update_relu_coefficient,
 )
+from jaxlab.moe.super_experts import (
+    OutputProfile,
+    attention_sink_score,
+    fisher_kurtosis,
+    massive_activations,
+    merge_profiles,
+    profile_outputs,
+    prune_experts,
+    rank_super_experts,
+    sink_rate,
+    super_expert_mask,
+)
 
 __all__ = [
     "Experts",
     "GatePlan",
     "NoisyPlan",
+    "OutputProfile",
     "RouterHealth",
     "SlotPlan",
+    "attention_sink_score",
+    "avg_k_scores",
     "balanced_hash",
+    "balanced_kmeans",
     "base_router",
     "capacity",
     "comet_gate",
+    "dense_to_emoe",
     "dense_weights",
     "drop_rate",
     "dropless",
     "dselect_k_router",
+    "emoe_ffn",
+    "emoe_to_dense",
     "exchange_bytes",
     "expert_choice_router",
     "expert_load",
+    "fisher_kurtosis",
     "group_dispatch",
     "hard_permutation",
     "hash_router",
@@ -81,6 +104,8 @@ __all__ = [
     "limit_capacity",
     "load_balancing_loss",
     "load_loss",
+    "massive_activations",
+    "merge_profiles",
     "moe_layer",
     "moge_router",
     "mutual_information_loss",
@@ -92,6 +117,9 @@ __all__ = [
     "plan_from_gates",
     "plan_from_ids",
     "plan_from_weights",
+    "profile_outputs",
+    "prune_experts",
+    "rank_super_experts",
     "reachability_penalty",
     "relu_penalty",
     "relu_router",
@@ -99,9 +127,11 @@ __all__ = [
     "router_z_loss",
     "selector_entropy",
     "sigmoid_router",
+    "sink_rate",
     "sinkhorn_router",
     "soft_router",
     "squared_variation",
+    "super_expert_mask",
     "swiglu_experts",
     "top_k_router",
     "upcycle",
