@@ -215,9 +215,9 @@ def command_claim(args: argparse.Namespace) -> int:
 
 def command_bench(args: argparse.Namespace) -> int:
     """Times a kernel."""
-    from jaxlab.bench import kernels, runner
+    from jaxlab.bench import kernels, peers, runner
 
-    return runner.command(args, kernels.BENCHES)
+    return runner.command(args, kernels.BENCHES | peers.BENCHES)
 
 
 def command_doctor(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab import cli
-from jaxlab.bench import kernels, runner
+from jaxlab.bench import kernels, peers, runner
 
 
 @pytest.mark.parametrize("name", kernels.BENCHES)
@@ -38,6 +38,24 @@ def test_rows_and_records(tmp_path, monkeypatch, capsys):
     runs = json.loads((tmp_path / "selective_scan.json").read_text())
     assert len(runs) == 2 and runs[1]["rows"] == rows and runs[0]["rounds"] == 2
     assert "of lax.scan" in runner.render(rows)
+
+
+def test_a_step_of_peers_is_the_loop_over_one_peers_step():
+    """The loop learns from the predictions that stand at the start, as the first step of all peers at once does."""
+    contests = list(peers.BENCHES["peers"](True))
+    assert [contest.case for contest in contests] == ["mlp peers", "vit peers"]
+    for contest in contests:
+        rows = contest.peer[1](*contest.loop[0])
+        new, _ = jax.jit(contest.ours)(*contest.args)
+        for k, (params, _, opt_state, _) in enumerate(rows):
+            ours = jax.tree.map(lambda leaf, k=k: leaf[k], (new.params, new.opt_state))
+            pairs = zip(jax.tree.leaves(ours), jax.tree.leaves((params, opt_state)), strict=True)
+            for a, b in pairs:
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    row = runner.run(contests[0], rounds=1)
+    assert row["ms"] > 0 and row["ratio"] > 0 and row["compile_ratio"] > 0
+    line = runner.render([row])
+    assert "of a loop over one peer's step" in line and "of one peer's time" in line
 
 
 def test_executed_rows_are_those_of_the_cascade():
