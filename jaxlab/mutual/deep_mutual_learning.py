@@ -56,7 +56,7 @@ def mutual_kl(
 
     Example:
         >>> z = jnp.array([[2.0, 0.0]])
-        >>> float(mutual_kl(z, z[None]))
+        >>> float(jax.jit(mutual_kl)(z, z[None]))
         0.0
 
     Source:
@@ -185,7 +185,8 @@ def deep_mutual_learning(
         >>> from jaxlab.ops.layers import mlp
         >>> learner = deep_mutual_learning(mlp([3]), optax.sgd(0.1), num_peers=2)
         >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.array([0, 1, 2, 0])}
-        >>> state, metrics = learner.update(learner.init(jax.random.key(0), batch), batch, jax.random.key(1))
+        >>> state = jax.jit(learner.init)(jax.random.key(0), batch)
+        >>> state, metrics = jax.jit(learner.update)(state, batch, jax.random.key(1))
         >>> metrics["accuracy"].shape
         (2,)
 

@@ -96,7 +96,6 @@ def peers(
     if not alike and axis_name is not None:
         raise ValueError(f"axis_name={axis_name!r}: different networks are different programs, which share no axis")
     criterion = _supervised(data_axis_name) if loss is None else loss
-    silent = mutual is None
 
     def each(function, *args):
         """Calls `function(net, *one peer's args)` for all local peers: as one program, or unrolled."""
@@ -157,7 +156,7 @@ def peers(
                 value, metrics = criterion(known, {**labelled, **extra})
                 if "penalty" in known:
                     value = value + all_mean(known["penalty"], data_axis_name)
-                if silent:
+                if mutual is None:
                     return value, {"loss": value, "mutual": jnp.zeros_like(value), **metrics}
                 teach = (jnp.arange(num_peers) != i) & present
                 term = mutual(outputs, everyone, teach, {**shared, **extra})
