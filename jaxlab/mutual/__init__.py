@@ -12,6 +12,14 @@ from jaxlab.mutual.attentive_waveblock import (
     soft_triplet_loss,
     waveblock,
 )
+from jaxlab.mutual.counter_current import (
+    counter_current,
+    counter_current_alignment,
+    counter_current_level_loss,
+    counter_current_loss,
+    counter_current_net,
+    counter_current_sgd,
+)
 from jaxlab.mutual.deep_mutual_learning import deep_mutual_learning, mutual_kl, mutual_objective
 from jaxlab.mutual.mean_teacher import MeanTeacherState, consistency_loss, mean_teacher, ramp_up
 from jaxlab.mutual.peers import peers
@@ -22,6 +30,12 @@ __all__ = [
     "cluster_pseudo_labels",
     "complementarity",
     "consistency_loss",
+    "counter_current",
+    "counter_current_alignment",
+    "counter_current_level_loss",
+    "counter_current_loss",
+    "counter_current_net",
+    "counter_current_sgd",
     "deep_mutual_learning",
     "mean_teacher",
     "mutual_kl",
