@@ -12,6 +12,16 @@ from jaxlab.mutual.attentive_waveblock import (
     soft_triplet_loss,
     waveblock,
 )
+from jaxlab.mutual.comd import (
+    balance_pool,
+    comd,
+    comd_losses,
+    comd_round,
+    competitive_targets,
+    debiased_gap,
+    remove_duplicates,
+    split_by_gap,
+)
 from jaxlab.mutual.counter_current import (
     counter_current,
     counter_current_alignment,
@@ -26,8 +36,13 @@ from jaxlab.mutual.peers import peers
 
 __all__ = [
     "MeanTeacherState",
+    "balance_pool",
     "cbam",
     "cluster_pseudo_labels",
+    "comd",
+    "comd_losses",
+    "comd_round",
+    "competitive_targets",
     "complementarity",
     "consistency_loss",
     "counter_current",
@@ -36,6 +51,7 @@ __all__ = [
     "counter_current_loss",
     "counter_current_net",
     "counter_current_sgd",
+    "debiased_gap",
     "deep_mutual_learning",
     "mean_teacher",
     "mutual_kl",
@@ -44,6 +60,8 @@ __all__ = [
     "nonlocal_block",
     "peers",
     "ramp_up",
+    "remove_duplicates",
     "soft_triplet_loss",
+    "split_by_gap",
     "waveblock",
 ]
