@@ -234,6 +234,9 @@ def command_bench(args: argparse.Namespace) -> int:
     from jaxlab.bench import kernels, losses, runner
 
     return runner.command(args, {**kernels.BENCHES, **losses.BENCHES})
+    from jaxlab.bench import kernels, peers, runner
+
+    return runner.command(args, kernels.BENCHES | peers.BENCHES)
 
 
 def command_doctor(args: argparse.Namespace) -> int:

@@ -12,16 +12,46 @@ from jaxlab.mutual.attentive_waveblock import (
     soft_triplet_loss,
     waveblock,
 )
+from jaxlab.mutual.comd import (
+    balance_pool,
+    comd,
+    comd_losses,
+    comd_round,
+    competitive_targets,
+    debiased_gap,
+    remove_duplicates,
+    split_by_gap,
+)
+from jaxlab.mutual.counter_current import (
+    counter_current,
+    counter_current_alignment,
+    counter_current_level_loss,
+    counter_current_loss,
+    counter_current_net,
+    counter_current_sgd,
+)
 from jaxlab.mutual.deep_mutual_learning import deep_mutual_learning, mutual_kl, mutual_objective
 from jaxlab.mutual.mean_teacher import MeanTeacherState, consistency_loss, mean_teacher, ramp_up
 from jaxlab.mutual.peers import peers
 
 __all__ = [
     "MeanTeacherState",
+    "balance_pool",
     "cbam",
     "cluster_pseudo_labels",
+    "comd",
+    "comd_losses",
+    "comd_round",
+    "competitive_targets",
     "complementarity",
     "consistency_loss",
+    "counter_current",
+    "counter_current_alignment",
+    "counter_current_level_loss",
+    "counter_current_loss",
+    "counter_current_net",
+    "counter_current_sgd",
+    "debiased_gap",
     "deep_mutual_learning",
     "mean_teacher",
     "mutual_kl",
@@ -30,6 +60,8 @@ __all__ = [
     "nonlocal_block",
     "peers",
     "ramp_up",
+    "remove_duplicates",
     "soft_triplet_loss",
+    "split_by_gap",
     "waveblock",
 ]
