@@ -40,9 +40,9 @@ class Contest:
         peer: name and function of what it is compared with; None where there is nothing to compare with here.
         ceiling: function and arguments of the same useful arithmetic at its fastest; None without one.
         work_ratio: executed over useful rows or tiles, counted exactly; None where nothing is wasted by design.
-        foreign: whether the peer is no JAX function but a callable without arguments that does the same work.
-        loop: where the peer is a Python loop over a compiled part, the loop's own arguments, the part, and the part's
-            arguments. The loop is called as it stands, and what compiling costs is compared too.
+        foreign: whether the peer is a callable without arguments that does the same work as it stands.
+        part: function and arguments of what a foreign peer compiles and calls in a loop; what it costs to compile is
+            compared too.
     """
 
     case: str
@@ -53,7 +53,7 @@ class Contest:
     ceiling: tuple[Callable[..., Any], Sequence[Any]] | None = None
     work_ratio: float | None = None
     foreign: bool = False
-    loop: tuple[Sequence[Any], Callable[..., Any], Sequence[Any]] | None = None
+    part: tuple[Callable[..., Any], Sequence[Any]] | None = None
 
 
 def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
@@ -63,20 +63,16 @@ def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
         jobs["peer"] = (contest.peer[1], contest.args)
     if contest.ceiling is not None:
         jobs["ceiling"] = contest.ceiling
-    compiled = {name: jax.jit(f).lower(*args).compile() for name, (f, args) in jobs.items()}
+    compiled, seconds = {}, {}
+    for name, (function, args) in {**jobs, **({"part": contest.part} if contest.part else {})}.items():
+        compiled[name], seconds[name] = _timed_compile(function, args)
+    part, extra = compiled.pop("part", None), {}
+    if part is not None:
+        extra = {"compile_s": round(seconds["ours"], 2), "compile_ratio": round(seconds["ours"] / seconds["part"], 2)}
     calls = {name: functools.partial(program, *jobs[name][1]) for name, program in compiled.items()}
     if contest.peer is not None and contest.foreign:
         calls["peer"] = contest.peer[1]
     ms: dict[str, list[float]] = {name: [] for name in calls}
-    part, compiled, extra = None, {}, {}
-    if contest.loop is not None:
-        loop_args, single, single_args = contest.loop
-        jobs["peer"] = (contest.peer[1], loop_args)
-        (part, alone), (ours, together) = (_timed_compile(*job) for job in ((single, single_args), jobs["ours"]))
-        compiled = {"ours": ours, "peer": contest.peer[1]}
-        extra = {"compile_s": round(together, 2), "compile_ratio": round(together / alone, 2)}
-    compiled = {name: compiled.get(name) or jax.jit(f).lower(*args).compile() for name, (f, args) in jobs.items()}
-    ms: dict[str, list[float]] = {name: [] for name in jobs}
     for i in range(rounds + 1):
         for name, call in calls.items():
             began = time.perf_counter()
@@ -102,8 +98,7 @@ def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
         "ceiling_fraction": median(None if ceiling is None else ceiling / each["ours"]),
         "work_ratio": contest.work_ratio,
         "temp_bytes": _temp_bytes(compiled["ours"]),
-        "peer_temp_bytes": _temp_bytes(compiled["peer"]) if "peer" in compiled else None,
-        "peer_temp_bytes": _temp_bytes(compiled["peer"] if part is None else part),
+        "peer_temp_bytes": None if (other := compiled.get("peer", part)) is None else _temp_bytes(other),
         **extra,
     }
 
@@ -171,13 +166,12 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f"{row['ceiling_fraction']:.2f} of the ceiling's rate")
         if row["work_ratio"] is not None:
             parts.append(f"{row['work_ratio']:.2f} rows for one needed")
+        if "compile_ratio" in row:
+            parts.append(f"compiled in {row['compile_ratio']:.2f} of one peer's time")
         against = row["peer_temp_bytes"]
         parts.append(
             f"{row['temp_bytes'] / 2**20:.1f} MiB" + ("" if against is None else f" against {against / 2**20:.1f}")
         )
-        parts.append(f"{row['temp_bytes'] / 2**20:.1f} MiB against {row['peer_temp_bytes'] / 2**20:.1f}")
-        if "compile_ratio" in row:
-            parts.append(f"compiled in {row['compile_s']:.1f} s, {row['compile_ratio']:.2f} of one peer's time")
         lines.append(f"{row['case']} {params}: {', '.join(parts)}")
     ratios = [row["ratio"] for row in rows if row["ratio"]]
     if len(ratios) > 1:
