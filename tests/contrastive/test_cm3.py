@@ -259,7 +259,6 @@ CASES = [
         {"text": Arg("embeddings", (4, 3)), "image": Arg("embeddings", (4, 2))},
         wrt=("text", "image"),
         helper=True,
-        skip={"jit": "JAX prints the sums of two scatters as one or as two, by whether it checks for leaks"},
         covers=("contrastive.cm3", "contrastive.interaction_graph"),
     ),
     Case(

@@ -196,7 +196,6 @@ CASES = [
         clustering_scores,
         {"clusters": Arg("labels", (6,)), "labels": Arg("labels", (6,))},
         static={"num_clusters": 3, "num_classes": 3},
-        skip={"jit": "JAX prints the sums of two scatters as one or as two, by whether it checks for leaks"},
         helper=True,
     ),
 ]
