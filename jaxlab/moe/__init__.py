@@ -32,6 +32,7 @@ from jaxlab.moe.mc_smoe import (
     prune_rows,
     router_similarity,
 )
+from jaxlab.moe.moe_survey import LayerCost, moe_accounting, smear_merge, taxonomy
 from jaxlab.moe.moge import group_dispatch, imbalance_score, moge_router, voted_experts
 from jaxlab.moe.permutation import (
     hard_permutation,
@@ -98,6 +99,7 @@ from jaxlab.moe.super_experts import (
 __all__ = [
     "Experts",
     "GatePlan",
+    "LayerCost",
     "NoisyPlan",
     "OutputProfile",
     "RouterHealth",
@@ -144,6 +146,7 @@ __all__ = [
     "merge_experts",
     "merge_plan",
     "merge_profiles",
+    "moe_accounting",
     "moe_bit_plan",
     "moe_layer",
     "moge_router",
@@ -174,10 +177,12 @@ __all__ = [
     "sigmoid_router",
     "sink_rate",
     "sinkhorn_router",
+    "smear_merge",
     "soft_router",
     "squared_variation",
     "super_expert_mask",
     "swiglu_experts",
+    "taxonomy",
     "top_k_router",
     "upcycle",
     "update_bias",
