@@ -16,6 +16,13 @@ from jaxlab.moe.balance import (
 from jaxlab.moe.comet import comet_gate
 from jaxlab.moe.dispatch import capacity, drop_rate, dropless, limit_capacity
 from jaxlab.moe.emoe import avg_k_scores, balanced_kmeans, dense_to_emoe, emoe_ffn, emoe_to_dense
+from jaxlab.moe.enforced_moe import (
+    cocitation_pairs,
+    enforced_router,
+    f1_max,
+    sentence_router,
+    specified_expert_loss,
+)
 from jaxlab.moe.exchange import exchange_bytes
 from jaxlab.moe.experts import Experts, layer_experts, swiglu_experts, upcycle
 from jaxlab.moe.health import RouterHealth, router_health
@@ -114,6 +121,7 @@ __all__ = [
     "block_cosine",
     "block_predictor",
     "capacity",
+    "cocitation_pairs",
     "comet_gate",
     "dense_to_emoe",
     "dense_weights",
@@ -122,9 +130,11 @@ __all__ = [
     "dselect_k_router",
     "emoe_ffn",
     "emoe_to_dense",
+    "enforced_router",
     "exchange_bytes",
     "expert_choice_router",
     "expert_load",
+    "f1_max",
     "fake_quantize",
     "fisher_kurtosis",
     "gptq",
@@ -174,11 +184,13 @@ __all__ = [
     "router_similarity",
     "router_z_loss",
     "selector_entropy",
+    "sentence_router",
     "sigmoid_router",
     "sink_rate",
     "sinkhorn_router",
     "smear_merge",
     "soft_router",
+    "specified_expert_loss",
     "squared_variation",
     "super_expert_mask",
     "swiglu_experts",
