@@ -33,10 +33,22 @@ from jaxlab.mutual.counter_current import (
 from jaxlab.mutual.deep_mutual_learning import deep_mutual_learning, mutual_kl, mutual_objective
 from jaxlab.mutual.mean_teacher import MeanTeacherState, consistency_loss, mean_teacher, ramp_up
 from jaxlab.mutual.peers import peers
+from jaxlab.mutual.queaco import (
+    QueacoState,
+    bio_spans,
+    feedback_product,
+    normalize_values,
+    queaco,
+    refine_weak_labels,
+    span_f1,
+    value_probabilities,
+)
 
 __all__ = [
     "MeanTeacherState",
+    "QueacoState",
     "balance_pool",
+    "bio_spans",
     "cbam",
     "cluster_pseudo_labels",
     "comd",
@@ -53,15 +65,21 @@ __all__ = [
     "counter_current_sgd",
     "debiased_gap",
     "deep_mutual_learning",
+    "feedback_product",
     "mean_teacher",
     "mutual_kl",
     "mutual_mean_teaching",
     "mutual_objective",
     "nonlocal_block",
+    "normalize_values",
     "peers",
+    "queaco",
     "ramp_up",
+    "refine_weak_labels",
     "remove_duplicates",
     "soft_triplet_loss",
+    "span_f1",
     "split_by_gap",
+    "value_probabilities",
     "waveblock",
 ]
