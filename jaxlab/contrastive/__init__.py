@@ -7,8 +7,35 @@ own. `hard_contrastive_loss` keeps only the hardest negatives in the softmax, an
 `alignment` tell what the temperature does to the embeddings. `matryoshka_loss` and `matryoshka_contrastive_loss` make
 every prefix of an embedding a good one, for `adaptive_classify` and `funnel_search`. All losses take `axis_name` and
 then use the negatives of all devices.
+
+Where a stronger model can judge candidates, `mine_hard_negatives` chooses among them by its scores and
+`judge_alignment_loss` teaches the embeddings these scores; `pairwise_rerank_loss` and `listwise_rerank_loss` train a
+reranker on the same candidates.
+
+`saha_clusters` makes batches of pairs that the model itself finds hard for each other, and `cluster_info_nce_loss`
+trains on them.
+
+`cm3` and `cm3_loss` recommend items from interactions and from several modalities of features, `interaction_graph`
+prepares these, and `recall_and_ndcg` measures a ranking.
+
+`swav_loss` predicts a balanced assignment of one crop to prototypes from the other crops; `group_gaps` and its
+companions compare features between groups of people and places.
+
+`gedi_loss` clusters and models the density with one network; `langevin` draws its samples.
+
+`aggregate_by_similarity` and `snippet_reconstruction_loss` reconstruct a snippet of a time series from others.
 """
 
+from jaxlab.contrastive.cm3 import (
+    InteractionGraph,
+    calibrated_uniformity,
+    cm3,
+    cm3_loss,
+    interaction_graph,
+    recall_and_ndcg,
+    spherical_bezier,
+)
+from jaxlab.contrastive.gedi import clustering_scores, draw_from_buffer, energy, gedi_loss, langevin, sum_log_likelihood
 from jaxlab.contrastive.groco import groco_loss, groco_multiview_loss
 from jaxlab.contrastive.hard_contrastive import (
     alignment,
@@ -32,27 +59,98 @@ from jaxlab.contrastive.matryoshka_representation import (
     retrieval_cost,
     tune_thresholds,
 )
+from jaxlab.contrastive.saha import (
+    cluster_info_nce_loss,
+    false_negative_rate,
+    hierarchical_prompt,
+    last_token_pool,
+    saha_clusters,
+)
+from jaxlab.contrastive.snippet_reconstruction import (
+    aggregate_by_similarity,
+    bilstm,
+    geometric_mask,
+    masked_views,
+    snippet_reconstruction_loss,
+    uncertainty_weighted_sum,
+)
+from jaxlab.contrastive.supervised import supervised_contrastive_loss
+from jaxlab.contrastive.swav_fairness import (
+    effective_robustness,
+    group_gaps,
+    harmful_association_rate,
+    hit_at_k,
+    regnet_widths,
+    same_attribute_precision,
+    sinkhorn_codes,
+    swav_loss,
+)
+from jaxlab.contrastive.unime_v2 import (
+    judge_alignment_loss,
+    judge_scores,
+    listwise_rerank_loss,
+    mine_hard_negatives,
+    pairwise_rerank_loss,
+)
 
 __all__ = [
+    "InteractionGraph",
     "adaptive_classify",
+    "aggregate_by_similarity",
     "alignment",
+    "bilstm",
+    "calibrated_uniformity",
+    "cluster_info_nce_loss",
+    "clustering_scores",
+    "cm3",
+    "cm3_loss",
+    "draw_from_buffer",
+    "effective_robustness",
+    "energy",
+    "false_negative_rate",
     "funnel_search",
+    "gedi_loss",
+    "geometric_mask",
     "groco_loss",
     "groco_multiview_loss",
+    "group_gaps",
     "hard_contrastive_loss",
+    "harmful_association_rate",
+    "hierarchical_prompt",
+    "hit_at_k",
     "info_nce_loss",
+    "interaction_graph",
+    "judge_alignment_loss",
+    "judge_scores",
+    "langevin",
+    "last_token_pool",
+    "listwise_rerank_loss",
+    "masked_views",
     "matryoshka_contrastive_loss",
     "matryoshka_head",
     "matryoshka_loss",
     "mean_average_precision",
+    "mine_hard_negatives",
     "nesting_dims",
     "nt_xent_loss",
+    "pairwise_rerank_loss",
     "penalty_entropy",
     "prefix_search",
+    "recall_and_ndcg",
+    "regnet_widths",
     "relative_penalty",
     "retrieval_cost",
+    "saha_clusters",
+    "same_attribute_precision",
     "simple_contrastive_loss",
+    "sinkhorn_codes",
+    "snippet_reconstruction_loss",
+    "spherical_bezier",
+    "sum_log_likelihood",
+    "supervised_contrastive_loss",
+    "swav_loss",
     "tolerance",
     "tune_thresholds",
+    "uncertainty_weighted_sum",
     "uniformity",
 ]

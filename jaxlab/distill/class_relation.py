@@ -63,8 +63,8 @@ def class_relation_loss(
 
     Example:
         >>> z = jnp.array([[0.9, 0.1, 0.5], [0.1, 0.9, 0.5]])
-        >>> same, other = class_relation_loss(z, z[:, :2]), class_relation_loss(z, z[::-1, :2])
-        >>> float(same) < float(other)
+        >>> loss = jax.jit(class_relation_loss)
+        >>> float(loss(z, z[:, :2])) < float(loss(z, z[::-1, :2]))
         True
 
     Source:
@@ -127,7 +127,8 @@ def discovery_targets(
 
     Example:
         >>> z = jnp.array([[0.9, 0.0], [0.8, 0.1], [0.0, 0.0]])
-        >>> discovery_targets(z, jnp.array([-1, -1, 1]), num_known=2).round().tolist()
+        >>> targets = jax.jit(discovery_targets, static_argnames="num_known")
+        >>> targets(z, jnp.array([-1, -1, 1]), num_known=2).round().tolist()
         [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]]
 
     Source:
@@ -185,7 +186,7 @@ def swapped_prediction_loss(
 
     Example:
         >>> t = jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])
-        >>> round(float(swapped_prediction_loss(t, t)), 5)
+        >>> round(float(jax.jit(swapped_prediction_loss)(t, t)), 5)
         5e-05
 
     Source:
@@ -226,7 +227,7 @@ def normalize_prototypes(prototypes: Array) -> Array:
         ValueError: `prototypes` has fewer than two axes.
 
     Example:
-        >>> normalize_prototypes(jnp.array([[3.0, 0.0], [0.0, 0.0]])).tolist()
+        >>> jax.jit(normalize_prototypes)(jnp.array([[3.0, 0.0], [0.0, 0.0]])).tolist()
         [[1.0, 0.0], [0.0, 0.0]]
 
     Source:

@@ -48,11 +48,12 @@ def stage_network(block: Layer, stem: Layer, head: Layer, *, width: int, num_sta
         ValueError: a number is below 1.
 
     Example:
-        >>> from jaxlab.ops.layers import dense
-        >>> net = stage_network(dense(4), dense(4), dense(2), width=4, num_stages=3, depth=2)
-        >>> params = net.init(jax.random.key(0), 5)
-        >>> params["stages"]["w"].shape, net.apply(params, jnp.ones((1, 5))).shape
-        ((3, 2, 4, 4), (1, 2))
+        >>> from jaxlab.types import Layer
+        >>> scale = Layer(lambda key, size: {"w": jnp.ones(size)}, lambda params, h: h * params["w"])
+        >>> net = stage_network(scale, scale, scale, width=4, num_stages=3, depth=2)
+        >>> params = net.init(jax.random.key(0), 4)
+        >>> params["stages"]["w"].shape, net.apply(params, jnp.ones((1, 4))).shape
+        ((3, 2, 4), (1, 4))
 
     Source:
         Ni et al., arXiv 2212.04129, section 3.
@@ -111,12 +112,13 @@ def deep_incubation(
         ValueError: `depth` is below 1 or `objective` is unknown.
 
     Example:
-        >>> from jaxlab.ops.layers import dense
-        >>> parts, batch = (dense(4), dense(4), dense(2)), {"x": jnp.ones((3, 5)), "y": jnp.array([0, 1, 1])}
-        >>> meta = stage_network(*parts, width=4, num_stages=3, depth=1).init(jax.random.key(0), 5)
+        >>> from jaxlab.types import Layer
+        >>> scale = Layer(lambda key, size: {"w": jnp.ones(size)}, lambda params, h: h * params["w"])
+        >>> parts, batch = (scale, scale, scale), {"x": jnp.ones((3, 4)), "y": jnp.array([0, 1, 1])}
+        >>> meta = stage_network(*parts, width=4, num_stages=3, depth=1).init(jax.random.key(0), 4)
         >>> learner = deep_incubation(*parts, meta, optax.adam(1e-3), width=4, depth=2)
-        >>> state, metrics = learner.update(learner.init(jax.random.key(1), batch), batch, jax.random.key(2))
-        >>> metrics["loss"].shape
+        >>> state = learner.init(jax.random.key(1), batch)
+        >>> jax.jit(learner.update)(state, batch, jax.random.key(2))[1]["loss"].shape
         (3,)
 
     Source:
@@ -197,10 +199,10 @@ def interface_gap(block: Layer, stem: Layer, params: PyTree, meta: PyTree, x: Ar
         ValueError: target and meta network differ in stages.
 
     Example:
-        >>> from jaxlab.ops.layers import dense
-        >>> net = stage_network(dense(4), dense(4), dense(2), width=4, num_stages=3, depth=1)
-        >>> params = net.init(jax.random.key(0), 5)
-        >>> interface_gap(dense(4), dense(4), params, params, jnp.ones((2, 5))).tolist()
+        >>> from jaxlab.types import Layer
+        >>> scale = Layer(lambda key, size: {"w": jnp.ones(size)}, lambda params, h: h * params["w"])
+        >>> params = stage_network(scale, scale, scale, width=4, num_stages=3, depth=1).init(jax.random.key(0), 4)
+        >>> interface_gap(scale, scale, params, params, jnp.ones((2, 4))).tolist()
         [0.0, 0.0, 0.0]
 
     Source:

@@ -68,7 +68,7 @@ def leaf_loss(
 
     Example:
         >>> z, keep = jnp.ones((1, 3, 4)), jnp.ones((1, 3), bool)
-        >>> float(leaf_loss(z, z, z, z, where=keep, pruned_where=keep))
+        >>> float(jax.jit(leaf_loss)(z, z, z, z, where=keep, pruned_where=keep))
         0.0
 
     Source:
@@ -111,7 +111,7 @@ def token_distillation_loss(
 
     Example:
         >>> s, t = jnp.zeros((1, 2, 2)), jnp.array([[[0.0, 50.0], [9.0, 0.0]]])
-        >>> round(float(token_distillation_loss(s, t, where=jnp.array([[False, True]]))), 4)
+        >>> round(float(jax.jit(token_distillation_loss)(s, t, where=jnp.array([[False, True]]))), 4)
         0.6931
 
     Source:
@@ -149,8 +149,8 @@ def token_gradient_norms(loss: Callable[[Array], Array], embeddings: Array, *, w
 
     Example:
         >>> weights = jnp.array([[1.0], [5.0], [3.0]])
-        >>> loss = lambda e: jnp.sum(e * weights)
-        >>> [round(g, 3) for g in token_gradient_norms(loss, jnp.ones((3, 1)), where=jnp.ones(3, bool)).tolist()]
+        >>> norms = jax.jit(lambda e, where: token_gradient_norms(lambda e: jnp.sum(e * weights), e, where=where))
+        >>> [round(g, 3) for g in norms(jnp.ones((3, 1)), jnp.ones(3, bool)).tolist()]
         [0.0, 1.0, 0.5]
 
     Source:
@@ -196,7 +196,7 @@ def confounding_mask(
 
     Example:
         >>> student, teacher = jnp.array([1.0, 0.2, 0.0]), jnp.array([0.0, 1.0, 0.1])
-        >>> confounding_mask(student, teacher, where=jnp.ones(3, bool)).tolist()
+        >>> jax.jit(confounding_mask)(student, teacher, where=jnp.ones(3, bool)).tolist()
         [True, False, False]
 
     Source:
@@ -236,7 +236,7 @@ def mask_runs(mask: Array) -> Array:
         ValueError: `mask` is a scalar.
 
     Example:
-        >>> mask_runs(jnp.array([True, True, False, True])).tolist()
+        >>> jax.jit(mask_runs)(jnp.array([True, True, False, True])).tolist()
         [0, 0, -1, 1]
 
     Source:
@@ -265,7 +265,7 @@ def prune_tokens(ids: Array, drop: Array, *, where: Array | None = None, pad: in
         ValueError: shapes do not fit.
 
     Example:
-        >>> ids, real = prune_tokens(jnp.array([5, 6, 7]), jnp.array([False, True, False]))
+        >>> ids, real = jax.jit(prune_tokens)(jnp.array([5, 6, 7]), jnp.array([False, True, False]))
         >>> ids.tolist(), real.tolist()
         ([5, 7, 0], [True, True, False])
 

@@ -63,7 +63,7 @@ def distance_loss(
 
     Example:
         >>> z, a, b = jnp.array([[1.0, 0.0, 0.0]]), jnp.array([0]), jnp.array([1])
-        >>> float(distance_loss(z, a, b, label_distances(z, a, b)))
+        >>> float(jax.jit(lambda z: distance_loss(z, a, b, label_distances(z, a, b)))(z))
         0.0
 
     Source:
@@ -136,7 +136,8 @@ def class_activation_map(features: Array, weights: Array, labels: Array, *, size
 
     Example:
         >>> features = jnp.array([[[[0.0], [1.0]], [[2.0], [4.0]]]])
-        >>> class_activation_map(features, jnp.ones((1, 1)), jnp.array([0]), size=(2, 2)).tolist()
+        >>> seen = jax.jit(class_activation_map, static_argnames="size")
+        >>> seen(features, jnp.ones((1, 1)), jnp.array([0]), size=(2, 2)).tolist()
         [[[0.0, 0.25], [0.5, 1.0]]]
 
     Source:
@@ -257,7 +258,7 @@ def select_patches(activation: Array, confidence: Array, *, top: int, count: int
 
     Example:
         >>> activation, confidence = jnp.array([[0.9, 0.1], [0.2, 0.8]]), jnp.array([[0.7, 0.0], [0.0, 0.3]])
-        >>> select_patches(activation, confidence, top=1, count=2).tolist()
+        >>> jax.jit(select_patches, static_argnames=("top", "count"))(activation, confidence, top=1, count=2).tolist()
         [3, 0]
 
     Source:
@@ -329,7 +330,7 @@ def cutmix(key: Array, x: Array, other: Array, *, share: float | Array | None = 
         ValueError: the shapes differ.
 
     Example:
-        >>> mixed, share = cutmix(jax.random.key(0), jnp.ones((1, 8, 8, 1)), jnp.zeros((1, 8, 8, 1)))
+        >>> mixed, share = jax.jit(cutmix)(jax.random.key(0), jnp.ones((1, 8, 8, 1)), jnp.zeros((1, 8, 8, 1)))
         >>> bool(mixed.mean() == share)
         True
 

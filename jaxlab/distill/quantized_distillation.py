@@ -97,7 +97,7 @@ def point_quantize(w: Array, points: Array, *, bucket: int | None = 256) -> Arra
         ValueError: `points` is not [s >= 1], or `bucket` is out of range.
 
     Example:
-        >>> point_quantize(jnp.array([0.0, 0.2, 0.9, 1.0]), jnp.array([0.0, 0.25, 1.0])).tolist()
+        >>> jax.jit(point_quantize)(jnp.array([0.0, 0.2, 0.9, 1.0]), jnp.array([0.0, 0.25, 1.0])).tolist()
         [0.0, 0.25, 1.0, 1.0]
 
     Source:
@@ -130,7 +130,7 @@ def quantile_points(w: Array, *, levels: int, bucket: int | None = 256) -> Array
         ValueError: an option is out of range.
 
     Example:
-        >>> quantile_points(jnp.arange(5.0), levels=3).tolist()
+        >>> jax.jit(quantile_points, static_argnames="levels")(jnp.arange(5.0), levels=3).tolist()
         [0.0, 0.5, 1.0]
 
     Source:
@@ -181,8 +181,8 @@ def quantized_distillation(
         >>> from jaxlab.ops.layers import mlp
         >>> learner = quantized_distillation(mlp([3]), optax.sgd(0.1), levels=4)
         >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.array([0, 1, 2, 0]), "teacher_logits": jnp.ones((4, 3))}
-        >>> state, metrics = learner.update(learner.init(jax.random.key(0), batch), batch, jax.random.key(1))
-        >>> metrics["loss"].shape
+        >>> state = jax.jit(learner.init)(jax.random.key(0), batch)
+        >>> jax.jit(learner.update)(state, batch, jax.random.key(1))[1]["loss"].shape
         ()
 
     Source:
@@ -242,9 +242,9 @@ def differentiable_quantization(
 
     Example:
         >>> from jaxlab.ops.layers import mlp
-        >>> weights = mlp([3]).init(jax.random.key(0), 2)
+        >>> weights = {"dense_0": {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(3.0)}}
         >>> learner = differentiable_quantization(mlp([3]), weights, optax.sgd(0.1), levels=4)
-        >>> jax.tree.map(jnp.shape, learner.init(jax.random.key(0), {}).params)
+        >>> jax.tree.map(jnp.shape, jax.jit(learner.init)(jax.random.key(0), {}).params)
         {'dense_0': {'b': (4,), 'w': (4,)}}
 
     Source:

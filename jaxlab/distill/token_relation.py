@@ -61,8 +61,8 @@ def token_relation_loss(
         ValueError: shapes do not fit, or an option is out of range.
 
     Example:
-        >>> x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
-        >>> float(token_relation_loss(x, 7 * x)), float(token_relation_loss(x, x[..., ::-1])) < 1e-6
+        >>> x, loss = jnp.cos(jnp.arange(24.0)).reshape(1, 2, 3, 4), jax.jit(token_relation_loss)
+        >>> float(loss(x, 7 * x)), float(loss(x, x[..., ::-1])) < 1e-6
         (0.0, True)
 
     Source:
@@ -101,7 +101,7 @@ def relation_matrix(x: Array, *, where: Array | None = None) -> Array:
         ValueError: shapes do not fit.
 
     Example:
-        >>> relation_matrix(jnp.array([[2.0, 0.0], [0.0, 1.0]])).tolist()
+        >>> jax.jit(relation_matrix)(jnp.array([[2.0, 0.0], [0.0, 1.0]])).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
 
     Source:
@@ -133,7 +133,8 @@ def match_grid(features: int, *, frames: int, stride: int = 3, drop_first: bool 
 
     Example:
         >>> layer = match_grid(8, frames=4)
-        >>> layer.apply(layer.init(jax.random.key(0), 2), jnp.ones((1, 3, 6, 9, 2))).shape
+        >>> params = jax.jit(layer.init, static_argnums=1)(jax.random.key(0), 2)
+        >>> jax.jit(layer.apply)(params, jnp.ones((1, 3, 6, 9, 2))).shape
         (1, 4, 6, 8)
 
     Source:

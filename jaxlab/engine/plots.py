@@ -35,7 +35,7 @@ def save_plots(run_dir: Path, rows: list[dict[str, Any]], result: dict[str, Any]
     curve = [row for row in rows if "loss" in row]
     if curve:
         figure = Figure(figsize=(9, 3.4), layout="constrained")
-        panels = [n for n in ("loss", "accuracy", "mutual_kl") if n in curve[0]]
+        panels = [n for n in ("loss", "accuracy", "mutual_kl", "mutual", "consistency") if n in curve[0]]
         for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
             steps = [row["step"] for row in curve]
             values = np.array([np.atleast_1d(row[name]) for row in curve])
@@ -45,6 +45,21 @@ def save_plots(run_dir: Path, rows: list[dict[str, Any]], result: dict[str, Any]
             axes.grid(alpha=0.3)
         np.atleast_1d(figure.axes)[0].legend()
         save(figure, "learning_curves")
+
+    if curve and "agreement" in curve[0]:
+        steps, together = [row["step"] for row in curve], [row["ensemble_accuracy"] for row in curve]
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(steps, [row["agreement"] for row in curve], color="black", linewidth=1.2)
+        left.set(title="batches on which all peers agree", xlabel="step", ylim=(0, 1.02))
+        for k, values in enumerate(zip(*(row["accuracy"] for row in curve), strict=True)):
+            right.plot(steps, values, label=f"peer {k}", linewidth=1.0)
+        right.plot(steps, together, label="together", color="black", linewidth=1.6)
+        right.set(title="accuracy on the batches", xlabel="step")
+        right.legend()
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        save(figure, "agreement")
 
     if "expert_counts" in result:
         counts = np.asarray(result["expert_counts"], float)

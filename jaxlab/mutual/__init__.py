@@ -12,8 +12,9 @@ from jaxlab.mutual.attentive_waveblock import (
     soft_triplet_loss,
     waveblock,
 )
-from jaxlab.mutual.deep_mutual_learning import deep_mutual_learning, mutual_kl
+from jaxlab.mutual.deep_mutual_learning import deep_mutual_learning, mutual_kl, mutual_objective
 from jaxlab.mutual.mean_teacher import MeanTeacherState, consistency_loss, mean_teacher, ramp_up
+from jaxlab.mutual.peers import peers
 
 __all__ = [
     "MeanTeacherState",
@@ -25,7 +26,9 @@ __all__ = [
     "mean_teacher",
     "mutual_kl",
     "mutual_mean_teaching",
+    "mutual_objective",
     "nonlocal_block",
+    "peers",
     "ramp_up",
     "soft_triplet_loss",
     "waveblock",

@@ -64,8 +64,9 @@ def waveblock(
         ValueError: training without a key, `rate` is out of range, or `axis` is not an axis of `x`.
 
     Example:
-        >>> y = waveblock(jnp.ones((1, 10, 1, 1)), key=jax.random.key(0), train=True)
-        >>> int(jnp.sum(y == 1)), int(jnp.sum(y == 1.5))
+        >>> wave = jax.jit(lambda key, x: waveblock(x, key=key, train=True))
+        >>> y = jax.device_get(wave(jax.random.key(0), jnp.ones((1, 10, 1, 1))))
+        >>> int((y == 1).sum()), int((y == 1.5).sum())
         (3, 7)
 
     Source:
@@ -81,7 +82,7 @@ def waveblock(
         raise ValueError("key=None: waveblock draws where its block starts, pass a key in training")
     height = x.shape[axis]
     block = round(rate * height)
-    start = jax.random.randint(key, (), 0, height - block + 1)
+    start = jnp.floor(jax.random.uniform(key) * (height - block + 1))  # far shorter than randint's program
     row = jnp.arange(height)
     factor = jnp.where((row >= start) & (row < start + block), 1.0, scale).astype(x.dtype)
     shape = [1] * x.ndim
@@ -107,8 +108,8 @@ def cbam(*, reduction: int = 16, size: int = 7) -> StatefulLayer:
 
     Example:
         >>> layer = cbam()
-        >>> params, state = layer.init(jax.random.key(0), 4)
-        >>> layer.apply(params, state, jnp.ones((2, 8, 8, 4)))[0].shape
+        >>> params, state = jax.jit(layer.init, static_argnums=1)(jax.random.key(0), 4)
+        >>> jax.jit(layer.apply)(params, state, jnp.ones((2, 8, 8, 4)))[0].shape
         (2, 8, 8, 4)
 
     Source:
@@ -165,9 +166,9 @@ def nonlocal_block(*, features: int | None = None) -> StatefulLayer:
 
     Example:
         >>> layer = nonlocal_block()
-        >>> params, state = layer.init(jax.random.key(0), 4)
+        >>> params, state = jax.jit(layer.init, static_argnums=1)(jax.random.key(0), 4)
         >>> x = jnp.arange(32.0).reshape(1, 2, 4, 4)
-        >>> bool(jnp.all(layer.apply(params, state, x)[0] == x))
+        >>> bool(jnp.all(jax.jit(layer.apply)(params, state, x)[0] == x))
         True
 
     Source:
@@ -242,8 +243,8 @@ def mutual_mean_teaching(
         >>> net = Layer(dense(3).init, lambda p, x: {"logits": dense(3).apply(p, x), "features": x})
         >>> learner = mutual_mean_teaching(net, optax.sgd(0.1))
         >>> batch = {"x": jax.random.normal(jax.random.key(0), (6, 2)), "y": jnp.array([0, 1, 2, 0, 1, 2])}
-        >>> _, metrics = learner.update(learner.init(jax.random.key(1), batch), batch, jax.random.key(2))
-        >>> metrics["soft_triplet"].shape
+        >>> state = jax.jit(learner.init)(jax.random.key(1), batch)
+        >>> jax.jit(learner.update)(state, batch, jax.random.key(2))[1]["soft_triplet"].shape
         (2,)
 
     Source:
@@ -324,9 +325,10 @@ def soft_triplet_loss(
         ValueError: shapes do not fit or `reduction` is unknown.
 
     Example:
-        >>> x, y = jnp.array([[0.0], [1.0], [9.0], [10.0]]), jnp.array([0, 0, 1, 1])
-        >>> round(float(soft_triplet_loss(x, y)), 4), round(float(soft_triplet_loss(x, 1 - y % 2)), 4)
-        (0.0006, 0.0006)
+        >>> x = jnp.array([[0.0], [1.0], [9.0], [10.0]])
+        >>> loss = jax.jit(soft_triplet_loss)
+        >>> [round(float(loss(x, jnp.array(y))), 4) for y in ([0, 0, 1, 1], [0, 1, 0, 1])]
+        [0.0006, 8.0003]
 
     Source:
         Ge, Chen, Li, arXiv 2001.01526, eqs. 7 and 8; code yxgeee/MMT.
@@ -366,7 +368,7 @@ def cluster_pseudo_labels(
 
     Example:
         >>> f = jnp.array([[[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]]])
-        >>> labels, _ = cluster_pseudo_labels(jax.random.key(0), f, num_clusters=2)
+        >>> labels, _ = jax.jit(lambda key, f: cluster_pseudo_labels(key, f, num_clusters=2))(jax.random.key(0), f)
         >>> bool(labels[0] == labels[1]), bool(labels[0] == labels[2])
         (True, False)
 
@@ -397,7 +399,7 @@ def complementarity(a: Array, b: Array, *, where: Array | None = None) -> Array:
         ValueError: shapes differ.
 
     Example:
-        >>> float(complementarity(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]])))
+        >>> float(jax.jit(complementarity)(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]])))
         1.0
 
     Source:

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlab.mutual.peers import as_outputs, ensemble_probs, example_dims, peer_ids, peer_keys
-from jaxlab.ops.collectives import all_mean, gather_rows, global_mean, value_and_grad
-from jaxlab.ops.masked import compute_dtype, zero_where_false
-from jaxlab.types import Layer, Learner, LearnerState, StatefulLayer, as_stateful
+from jaxlab.mutual.peers import peers
+from jaxlab.ops.collectives import global_mean
+from jaxlab.ops.masked import compute_dtype, safe_normalize, zero_where_false
+from jaxlab.types import Layer, Learner, StatefulLayer
 
 
 def mutual_kl(
@@ -77,6 +77,78 @@ def mutual_kl(
     return temperature**2 * global_mean(jnp.sum(share[:, None] * terms, axis=0), keep, axis_name=axis_name)
 
 
+def mutual_objective(
+    *,
+    direction: str = "one_way",
+    temperature: float = 1.0,
+    features: str | None = None,
+    feature_weight: float = 1.0,
+    axis_name: str | None = None,
+) -> Callable[..., Array]:
+    """Returns the mutual term of `peers`: how far a peer's predictions, and its features, are from those of the others.
+
+    Mean over the teachers l of `KL(p_l || p_k)`, of `KL(p_k || p_l)`, or of half their sum, and with features the
+    feature weight times `|f_k / |f_k| - f_l / |f_l||^2`. The teachers' side is constant.
+
+    Args:
+        direction: "one_way", "reverse" or "symmetric".
+        temperature: T > 0, divides the logits of both sides; the term is multiplied by its square.
+        features: entry of the outputs, float [N, D], which must be among those exchanged; None = no such term.
+        feature_weight: of the features' term.
+        axis_name: mapped axis over which the examples are spread.
+
+    Returns:
+        `mutual(outputs, everyone, teach, batch)`, a scalar in the accumulation dtype; 0 without teacher or example.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> term = jax.jit(mutual_objective(direction="symmetric"))
+        >>> z = jnp.array([[2.0, 0.0]])
+        >>> batch = {"where": jnp.ones(1, bool)}
+        >>> round(float(term({"logits": z}, {"logits": -z[None]}, jnp.ones(1, bool), batch)), 4)
+        1.5232
+
+    Source:
+        Zhang, Xiang, Hospedales, Lu, arXiv 1706.00384 (one way, and the symmetric form that it mentions).
+    """
+    if direction not in ("one_way", "reverse", "symmetric"):
+        raise ValueError(f"direction={direction!r} must be 'one_way', 'reverse' or 'symmetric'")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+
+    def backward(logits, others, share, where):
+        """The mean of KL(p_k || p_l), with the gradient of the one in front."""
+        own = jax.nn.log_softmax(zero_where_false(logits, where).astype(share.dtype) / temperature)
+        said = jax.nn.log_softmax(jnp.where(where[None, :, None], others, 0.0).astype(share.dtype) / temperature)
+        terms = jnp.sum(jnp.exp(own)[None] * (own[None] - said), axis=-1)
+        terms = jnp.sum(share[:, None] * terms, axis=0)
+        return temperature**2 * global_mean(terms, where, axis_name=axis_name)
+
+    def mutual(outputs, everyone, teach, batch):
+        logits, where = outputs["logits"], batch["where"]
+        others = jax.lax.stop_gradient(everyone["logits"])
+        dtype = compute_dtype(logits)
+        share = teach.astype(dtype) / jnp.maximum(jnp.sum(teach, dtype=dtype), 1)
+        term = jnp.zeros((), dtype)
+        if direction != "reverse":
+            options = {"peers": teach, "temperature": temperature, "where": where, "axis_name": axis_name}
+            term += mutual_kl(logits, others, **options)
+        if direction != "one_way":
+            term += backward(logits, others, share, where)
+        term = term / 2 if direction == "symmetric" else term
+        if features is not None:
+            own = safe_normalize(zero_where_false(outputs[features], where).astype(dtype))
+            said = jnp.where(where[None, :, None], jax.lax.stop_gradient(everyone[features]), 0.0).astype(dtype)
+            apart = jnp.sum(jnp.square(own[None] - safe_normalize(said)), axis=-1)
+            apart = jnp.sum(share[:, None] * apart, axis=0)
+            term += feature_weight * global_mean(apart, where, axis_name=axis_name)
+        return term
+
+    return mutual
+
+
 def deep_mutual_learning(
     net: Layer | StatefulLayer | Callable[..., Any],
     optimizer: optax.GradientTransformation,
@@ -102,7 +174,8 @@ def deep_mutual_learning(
     Returns:
         A `Learner`. `init(key, batch, params=None)`; every leaf of the state but `step` has a leading axis of local
         peers. `batch`: `x [N, ...]`, `y int [N]` (-1 = unlabelled, which leaves the mutual term), optional `where [N]`.
-        `update` gives metrics `loss`, `accuracy`, `mutual_kl`, each `[local peers]`, and scalar `agreement`. `predict`
+        `update` gives metrics `loss`, `accuracy`, `mutual_kl`, each `[local peers]`, and the scalars `agreement` and
+        `ensemble_accuracy`, see `peers`. `predict`
         gives `logits [local peers, N, C]`, `probs [N, C]` of the ensemble of all peers, and what else the net returns.
 
     Raises:
@@ -112,76 +185,26 @@ def deep_mutual_learning(
         >>> from jaxlab.ops.layers import mlp
         >>> learner = deep_mutual_learning(mlp([3]), optax.sgd(0.1), num_peers=2)
         >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.array([0, 1, 2, 0])}
-        >>> state, metrics = learner.update(learner.init(jax.random.key(0), batch), batch, jax.random.key(1))
+        >>> state = jax.jit(learner.init)(jax.random.key(0), batch)
+        >>> state, metrics = jax.jit(learner.update)(state, batch, jax.random.key(1))
         >>> metrics["accuracy"].shape
         (2,)
 
     Source:
         Zhang, Xiang, Hospedales, Lu, Deep Mutual Learning, arXiv 1706.00384.
     """
-    if num_peers < 1:
-        raise ValueError(f"num_peers={num_peers} must be at least 1")
-    net = as_stateful(net)
-
-    def init(key, batch, *, params=None):
-        keys = peer_keys(key, peer_ids(num_peers, axis_name=axis_name))
-        dims = example_dims(batch["x"])
-        made, net_state = jax.vmap(lambda k: net.init(k, dims))(keys) if params is None else (params, {})
-        return LearnerState(made, net_state, jax.vmap(optimizer.init)(made), jnp.zeros((), jnp.int32))
+    learner = peers(
+        net,
+        optimizer,
+        num_peers=num_peers,
+        mutual=mutual_objective(temperature=temperature, axis_name=data_axis_name),
+        weight=weight,
+        axis_name=axis_name,
+        data_axis_name=data_axis_name,
+    )
 
     def update(state, batch, key):
-        where = batch.get("where")
-        where = jnp.ones(batch["y"].shape, bool) if where is None else where
-        x, y = zero_where_false(batch["x"], where), batch["y"]
-        ids = peer_ids(num_peers, axis_name=axis_name)
-        keys = peer_keys(key, ids)
-        labelled = where & (y >= 0)
-        strength = weight(state.step) if callable(weight) else weight
+        state, metrics = learner.update(state, batch, key)
+        return state, {("mutual_kl" if name == "mutual" else name): value for name, value in metrics.items()}
 
-        def total(params):
-            outputs, net_state = jax.vmap(lambda p, s, k: net.apply(p, s, x, key=k, train=True), out_axes=0)(
-                params, state.net_state, keys
-            )
-            outputs = as_outputs(outputs)
-            logits = outputs["logits"]
-            everyone = gather_rows(jax.lax.stop_gradient(logits), axis_name)
-
-            def of_peer(logits, i):
-                z = zero_where_false(logits, where).astype(compute_dtype(logits))
-                ce = optax.softmax_cross_entropy_with_integer_labels(z, jnp.maximum(y, 0))
-                ce = global_mean(ce, labelled, axis_name=data_axis_name)
-                others = jnp.arange(num_peers) != i
-                kl = mutual_kl(
-                    logits, everyone, peers=others, temperature=temperature, where=where, axis_name=data_axis_name
-                )
-                right = global_mean((jnp.argmax(z, -1) == y).astype(jnp.float32), labelled, axis_name=data_axis_name)
-                return ce + strength * kl, (kl, right)
-
-            losses, (kl, accuracy) = jax.vmap(of_peer)(logits, ids)
-            if "penalty" in outputs:
-                losses = losses + all_mean(outputs["penalty"], data_axis_name)
-            votes = jnp.argmax(everyone, axis=-1)
-            agree = jnp.all(votes == votes[:1], axis=0).astype(jnp.float32)
-            # Equal on all shards of peers already; the mean says so to shard_map.
-            agreement = all_mean(global_mean(agree, where, axis_name=data_axis_name), axis_name)
-            metrics = {
-                "loss": losses,
-                "accuracy": accuracy,
-                "mutual_kl": kl,
-                "agreement": agreement,
-            }
-            # Each peer's parameters occur in its own loss alone, so the gradient of the sum is each one's own.
-            return jnp.sum(losses), (metrics, net_state)
-
-        run = value_and_grad(total, axis_name=data_axis_name, has_aux=True)
-        (_, (metrics, net_state)), grads = run(state.params)
-        updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return LearnerState(params, net_state, opt_state, state.step + 1), metrics
-
-    def predict(state, batch):
-        outputs, _ = jax.vmap(lambda p, s: net.apply(p, s, batch["x"], train=False))(state.params, state.net_state)
-        outputs = as_outputs(outputs)
-        return {**outputs, "probs": ensemble_probs(outputs["logits"], axis_name=axis_name)}
-
-    return Learner(init, update, predict)
+    return Learner(learner.init, update, learner.predict)

@@ -87,7 +87,8 @@ def mean_teacher(
         >>> from jaxlab.ops.layers import mlp
         >>> learner = mean_teacher(mlp([3]), optax.sgd(0.1))
         >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.array([0, 1, 2, -1])}
-        >>> state, metrics = learner.update(learner.init(jax.random.key(0), batch), batch, jax.random.key(1))
+        >>> state = jax.jit(learner.init)(jax.random.key(0), batch)
+        >>> state, metrics = jax.jit(learner.update)(state, batch, jax.random.key(1))
         >>> sorted(metrics)
         ['accuracy', 'consistency', 'loss']
 

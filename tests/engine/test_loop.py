@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_exactly(finished, tmp_path, capsys, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(data_source, "batch_at", batch_at)
-        assert run("train", "--run-dir", directory, *TINY, "--quiet") == 130
+        assert run("train", "--run-dir", directory, *TINY, "--quiet") == 75
     said = capsys.readouterr().out
     assert f"jaxlab train --resume {directory}" in said and "step 4" in said
     assert run("train", "--resume", directory, "--quiet") == 0

@@ -107,6 +107,7 @@ def train(learner, steps, mapped, state):
     return state, metrics
 
 
+SHARED = {"agreement": P(), "ensemble_accuracy": P()}
 BATCH8 = {
     "x": rng.normal(size=(16, D)).astype(np.float32),
     "y": rng.integers(0, C, 16).astype(np.int32),
@@ -149,7 +150,7 @@ def test_training_is_equal_on_every_axis(mode):
         )
         learner = mutual.deep_mutual_learning(net, tx, num_peers=K, axis_name="peer", data_axis_name="data")
         spec = jax.tree.map(lambda a: P("peer") if a.ndim else P(), start)
-        out = (spec, {"loss": P("peer"), "accuracy": P("peer"), "mutual_kl": P("peer"), "agreement": P()})
+        out = (spec, {"loss": P("peer"), "accuracy": P("peer"), "mutual_kl": P("peer"), **SHARED})
         mapped = jax.shard_map(
             loop(learner.update),
             mesh=mesh,
@@ -172,7 +173,7 @@ def test_only_predictions_cross_the_peer_axis():
     plain = mutual.deep_mutual_learning(mlp([64, C]), optax.sgd(0.1), num_peers=4)
     start = plain.init(jax.random.key(0), BATCH8)
     spec = jax.tree.map(lambda a: P("peer") if a.ndim else P(), start)
-    out = (spec, {"loss": P("peer"), "accuracy": P("peer"), "mutual_kl": P("peer"), "agreement": P()})
+    out = (spec, {"loss": P("peer"), "accuracy": P("peer"), "mutual_kl": P("peer"), **SHARED})
     mapped = jax.shard_map(learner.update, mesh=mesh, in_specs=(spec, P(), P()), out_specs=out, check_vma=False)
     text = jax.jit(mapped).lower(start, BATCH8, jax.random.key(0)).compile().as_text()
     sizes = []
