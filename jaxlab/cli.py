@@ -145,7 +145,7 @@ def command_train(arguments: list[str]) -> int:
         recipe = find_recipe(name)(**given)
         run_dir = args.run_dir if args.run_dir is not None else loop.default_run_dir(recipe)
     result = loop.train(
-        recipe,
+        recipe.prepared(),
         run_dir,
         resume=args.resume is not None,
         quiet=args.quiet,
@@ -158,8 +158,7 @@ def command_train(arguments: list[str]) -> int:
     if not result.finished:
         print(f"saved at step {result.step}; go on with:\n  jaxlab train --resume {run_dir}")
         return SAVED
-    accuracy = ", ".join(f"{100 * a:.1f}%" for a in result.evaluation["test_accuracy"])
-    print(f"test accuracy of the peers: {accuracy}; together {100 * result.evaluation['ensemble_accuracy']:.1f}%")
+    print("\n".join(recipe.report(run_dir, result.evaluation)))
     print(f"checkpoint, metrics, TensorBoard events and plots: {run_dir}")
     print(f"figures again:    jaxlab eval {run_dir}")
     print(f"after a stop:     jaxlab train --resume {run_dir}")
@@ -230,9 +229,11 @@ def command_claim(args: argparse.Namespace) -> int:
 
 
 def command_bench(args: argparse.Namespace) -> int:
-    """Times a kernel."""
-    from jaxlab.bench import kernels, losses, peers, runner
+    """Times a kernel, the losses or a step of peers, or the models of `mil` as their bags grow."""
+    from jaxlab.bench import kernels, losses, mil, peers, runner
 
+    if args.name == "mil":
+        return mil.command(args)
     return runner.command(args, {**kernels.BENCHES, **losses.BENCHES, **peers.BENCHES})
 
 

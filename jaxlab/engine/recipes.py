@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxlab.engine.errors import InputError, did_you_mean
@@ -83,6 +84,16 @@ class Recipe:
     def learner(self, num_classes: int, steps: int) -> Learner:
         """Returns the learner of this recipe."""
         raise TypeError(f"recipe {self.name} builds no learner")
+
+    def prepared(self) -> Recipe:
+        """Returns the recipe with its data made, where it makes its own."""
+        return self
+
+    def report(self, run_dir: Path, evaluation: dict[str, Any]) -> list[str]:
+        """Returns what a finished run says, in lines; may draw into `run_dir`."""
+        accuracy = ", ".join(f"{100 * a:.1f}%" for a in evaluation["test_accuracy"])
+        together = 100 * evaluation["ensemble_accuracy"]
+        return [f"test accuracy of the peers: {accuracy}; together {together:.1f}%"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,3 +405,7 @@ def from_config(config: dict[str, Any]) -> Recipe:
         if name not in fields:
             raise InputError(f"config.json has the unknown field {name!r}{did_you_mean(name, fields)}")
     return recipe(**values)
+
+
+# At the end, because it builds on this module; it enters its recipe into RECIPES.
+import jaxlab.engine.recipes_mil  # noqa: E402, F401
