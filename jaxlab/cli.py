@@ -231,9 +231,9 @@ def command_claim(args: argparse.Namespace) -> int:
 
 def command_bench(args: argparse.Namespace) -> int:
     """Times a kernel."""
-    from jaxlab.bench import kernels, losses, runner
+    from jaxlab.bench import kernels, losses, peers, runner
 
-    return runner.command(args, {**kernels.BENCHES, **losses.BENCHES})
+    return runner.command(args, {**kernels.BENCHES, **losses.BENCHES, **peers.BENCHES})
 
 
 def command_doctor(args: argparse.Namespace) -> int:

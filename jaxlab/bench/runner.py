@@ -40,7 +40,9 @@ class Contest:
         peer: name and function of what it is compared with; None where there is nothing to compare with here.
         ceiling: function and arguments of the same useful arithmetic at its fastest; None without one.
         work_ratio: executed over useful rows or tiles, counted exactly; None where nothing is wasted by design.
-        foreign: whether the peer is no JAX function but a callable without arguments that does the same work.
+        foreign: whether the peer is a callable without arguments that does the same work as it stands.
+        part: function and arguments of what a foreign peer compiles and calls in a loop; what it costs to compile is
+            compared too.
     """
 
     case: str
@@ -51,6 +53,7 @@ class Contest:
     ceiling: tuple[Callable[..., Any], Sequence[Any]] | None = None
     work_ratio: float | None = None
     foreign: bool = False
+    part: tuple[Callable[..., Any], Sequence[Any]] | None = None
 
 
 def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
@@ -60,7 +63,12 @@ def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
         jobs["peer"] = (contest.peer[1], contest.args)
     if contest.ceiling is not None:
         jobs["ceiling"] = contest.ceiling
-    compiled = {name: jax.jit(f).lower(*args).compile() for name, (f, args) in jobs.items()}
+    compiled, seconds = {}, {}
+    for name, (function, args) in {**jobs, **({"part": contest.part} if contest.part else {})}.items():
+        compiled[name], seconds[name] = _timed_compile(function, args)
+    part, extra = compiled.pop("part", None), {}
+    if part is not None:
+        extra = {"compile_s": round(seconds["ours"], 2), "compile_ratio": round(seconds["ours"] / seconds["part"], 2)}
     calls = {name: functools.partial(program, *jobs[name][1]) for name, program in compiled.items()}
     if contest.peer is not None and contest.foreign:
         calls["peer"] = contest.peer[1]
@@ -90,8 +98,16 @@ def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
         "ceiling_fraction": median(None if ceiling is None else ceiling / each["ours"]),
         "work_ratio": contest.work_ratio,
         "temp_bytes": _temp_bytes(compiled["ours"]),
-        "peer_temp_bytes": _temp_bytes(compiled["peer"]) if "peer" in compiled else None,
+        "peer_temp_bytes": None if (other := compiled.get("peer", part)) is None else _temp_bytes(other),
+        **extra,
     }
+
+
+def _timed_compile(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, float]:
+    """Returns the compiled function and the seconds from its trace to its program."""
+    began = time.perf_counter()
+    program = jax.jit(lambda *args: function(*args)).lower(*args).compile()
+    return program, time.perf_counter() - began
 
 
 def _temp_bytes(program: Any) -> int:
@@ -150,6 +166,8 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f"{row['ceiling_fraction']:.2f} of the ceiling's rate")
         if row["work_ratio"] is not None:
             parts.append(f"{row['work_ratio']:.2f} rows for one needed")
+        if "compile_ratio" in row:
+            parts.append(f"compiled in {row['compile_ratio']:.2f} of one peer's time")
         against = row["peer_temp_bytes"]
         parts.append(
             f"{row['temp_bytes'] / 2**20:.1f} MiB" + ("" if against is None else f" against {against / 2**20:.1f}")

@@ -10,6 +10,19 @@ from jaxlab.distill.class_relation import (
     swapped_prediction_loss,
 )
 from jaxlab.distill.deep_incubation import deep_incubation, interface_gap, stage_network
+from jaxlab.distill.distiller import (
+    PipelineRecommender,
+    bilinear_critic,
+    distiller_loss,
+    emd_layer_weights,
+    fit_recommender,
+    gaussian_information_loss,
+    layer_weights,
+    mi_alpha_bound,
+    mi_alpha_loss,
+    mixup,
+    recommend_pipeline,
+)
 from jaxlab.distill.knowledge import distillation_loss, feature_loss
 from jaxlab.distill.leaf import (
     confounding_mask,
@@ -48,7 +61,9 @@ from jaxlab.distill.quantized_distillation import (
 from jaxlab.distill.token_relation import match_grid, relation_matrix, token_relation_loss
 
 __all__ = [
+    "PipelineRecommender",
     "allocate_points",
+    "bilinear_critic",
     "class_activation_map",
     "class_centroids",
     "class_relation_loss",
@@ -62,19 +77,28 @@ __all__ = [
     "discovery_targets",
     "distance_loss",
     "distillation_loss",
+    "distiller_loss",
+    "emd_layer_weights",
     "feature_loss",
     "few_shot_subset",
+    "fit_recommender",
+    "gaussian_information_loss",
     "interface_gap",
     "label_distances",
+    "layer_weights",
     "leaf_loss",
     "mask_runs",
     "match_grid",
     "mcmi_loss",
+    "mi_alpha_bound",
+    "mi_alpha_loss",
+    "mixup",
     "normalize_prototypes",
     "point_quantize",
     "prune_tokens",
     "quantile_points",
     "quantized_distillation",
+    "recommend_pipeline",
     "refine_non_critical",
     "relation_matrix",
     "select_patches",

@@ -41,7 +41,9 @@ def checked(learner: Any, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def guarded(update: Callable[..., tuple[Any, dict]], *, limit: int) -> Callable[..., tuple[Guarded, dict]]:
-    """Returns `update` over the carry; its metrics also hold `bad`: the number of the first bad leaf, -1 if none is.
+    """Returns `update` over the carry; its metrics also hold `bad`, int32 [3].
+
+    The number of the step's first bad leaf (-1 if none is), and the carry's new `in_row` and `skipped`.
 
     A gradient that is not finite is seen in what it does to the state. A leaf counts as bad where it is not finite and
     was before; a state that starts with an infinity is left in peace. After `limit` bad steps in a row nothing changes
@@ -61,6 +63,6 @@ def guarded(update: Callable[..., tuple[Any, dict]], *, limit: int) -> Callable[
         skipped = carry.skipped + (bad & ~over)
         in_row = jnp.where(over, carry.in_row, jnp.where(bad, carry.in_row + 1, 0))
         first = jnp.where(bad & ~over, jnp.argmax(flags), -1).astype(jnp.int32)
-        return Guarded(learner, skipped, in_row), {**metrics, "bad": first}
+        return Guarded(learner, skipped, in_row), {**metrics, "bad": jnp.stack([first, in_row, skipped])}
 
     return step

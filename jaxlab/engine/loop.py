@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -121,7 +122,7 @@ def train(
     where = f"{len(devices)} {devices[0].device_kind} device{'s' if len(devices) > 1 else ''}"
     progress.say(f"{recipe.name}: {recipe.title}; {recipe.data}, {recipe.steps} steps on {where}, {recipe.expected}")
 
-    with Stop(grace_seconds) as stop, jax.debug_nans(debug_nans):
+    with Stop(grace_seconds) as stop, jax.debug_nans(True) if debug_nans else contextlib.nullcontext():
         dataset = data_source.load(recipe.data, data_dir=recipe.data_dir or None, fallback_dir=str(run_dir / "data"))
         size = len(dataset.train["y"])
         if recipe.batch > size:
@@ -254,7 +255,7 @@ class Reporter:
     """Writes rows and complains of bad steps once the device has their numbers, so that no step waits for the host.
 
     Args:
-        names: what the entry `bad` of the metrics counts.
+        names: of the leaves that the entry `bad` of the metrics numbers.
         log: where the rows go; None in processes that write nothing.
         progress: where lines go.
         recipe: knows how often a row is due, and how many bad steps in a row are too many.
@@ -265,7 +266,6 @@ class Reporter:
     def __init__(self, names: list[str], log: MetricsLog | None, progress: Progress, recipe: Recipe):
         self.names, self.log, self.progress, self.recipe = names, log, progress, recipe
         self.waiting: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-        self.in_row = 0
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of a step, and handles those that have arrived."""
@@ -286,17 +286,19 @@ class Reporter:
 
     def _handle(self, step: int, metrics: dict[str, Any]) -> None:
         row = plain(jax.device_get(metrics))
-        bad = row.pop("bad")
-        self.in_row = self.in_row + 1 if bad >= 0 else 0
+        bad, in_row, skipped = row.pop("bad")
         if bad >= 0:
             self.progress.say(f"step {step}: {self.names[bad]} is not finite; the step was skipped")
         if row:
+            if skipped:
+                row["skipped_steps"] = skipped
             if self.log is not None:
                 self.log.write(step, row)
             self.progress.update(step, f"{summary(row)}  {self.speed(step)}")
-        if self.recipe.bad_steps and self.in_row >= self.recipe.bad_steps:
+        if self.recipe.bad_steps and in_row >= self.recipe.bad_steps:
+            last = f", last {self.names[bad]}" if bad >= 0 else ""
             raise BadNumbersError(
-                f"stopped at step {step}: {self.in_row} steps in a row were not finite, last {self.names[bad]}; "
+                f"stopped at step {step}: {in_row} steps in a row were not finite{last}; "
                 f"the last checkpoint is good; --debug-nans finds the operation"
             )
 

@@ -78,7 +78,7 @@ def wpc_loss(
         True
 
     Source:
-        Ozair, Lynch, Bengio, van den Oord, Levine, Sermanet, arXiv 1903.11780, section 4.
+        Ozair, Lynch, Bengio, van den Oord, Levine, Sermanet, arXiv 1903.11780.
     """
     known = isinstance(penalty_weight, int | float)
     if known and not penalty_weight >= 0:
@@ -181,7 +181,7 @@ def wasserstein_dual_bound(scores: Array, *, where: Array | None = None) -> Arra
         1.0
 
     Source:
-        Ozair et al., arXiv 1903.11780, section 3.
+        Ozair et al., arXiv 1903.11780.
     """
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
         raise ValueError(f"scores must be [N, N], got {scores.shape}")
@@ -223,7 +223,7 @@ def wasserstein_dependency(x: Array, y: Array, *, key: Array, where: Array | Non
         0.0
 
     Source:
-        Ozair et al., arXiv 1903.11780, section 3: the definition; by assignment on a sample (reconstructed).
+        Ozair et al., arXiv 1903.11780: the definition; by assignment on a sample (reconstructed).
     """
     keep = _checked_rows({"x": x, "y": y}, where)
 

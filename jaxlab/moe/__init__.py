@@ -1,6 +1,8 @@
 """Sparse mixtures of experts: routers that return a plan, dispatch, experts and balance losses.
 
-Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing_loss` of the plan to your loss.
+Start with `top_k_router`, `swiglu_experts` and `moe_layer`; add `load_balancing_loss` of the plan to your loss, and log
+`router_health`. `dropless` and `capacity` are two dispatches of the same plan; `axis_name` spreads the experts over a
+mesh.
 """
 
 from jaxlab.moe.balance import (
@@ -13,10 +15,31 @@ from jaxlab.moe.balance import (
 )
 from jaxlab.moe.comet import comet_gate
 from jaxlab.moe.dispatch import capacity, drop_rate, dropless, limit_capacity
+from jaxlab.moe.emoe import avg_k_scores, balanced_kmeans, dense_to_emoe, emoe_ffn, emoe_to_dense
+from jaxlab.moe.enforced_moe import (
+    cocitation_pairs,
+    enforced_router,
+    f1_max,
+    sentence_router,
+    specified_expert_loss,
+)
 from jaxlab.moe.exchange import exchange_bytes
 from jaxlab.moe.experts import Experts, layer_experts, swiglu_experts, upcycle
 from jaxlab.moe.health import RouterHealth, router_health
 from jaxlab.moe.layer import moe_layer
+from jaxlab.moe.mc_smoe import (
+    group_experts,
+    groups_per_layer,
+    kept_rows,
+    low_rank_sparse,
+    match_neurons,
+    merge_experts,
+    merge_plan,
+    permute_neurons,
+    prune_rows,
+    router_similarity,
+)
+from jaxlab.moe.moe_survey import LayerCost, moe_accounting, smear_merge, taxonomy
 from jaxlab.moe.moge import group_dispatch, imbalance_score, moge_router, voted_experts
 from jaxlab.moe.permutation import (
     hard_permutation,
@@ -34,6 +57,19 @@ from jaxlab.moe.plans import (
     plan_from_ids,
     plan_from_weights,
     selector_entropy,
+)
+from jaxlab.moe.quantmoe import (
+    allocate_bits,
+    average_bits,
+    block_cosine,
+    block_predictor,
+    fake_quantize,
+    gptq,
+    moe_bit_plan,
+    outlier_score,
+    quantization_grid,
+    quantize_groups,
+    update_hessian,
 )
 from jaxlab.moe.routers import (
     NoisyPlan,
@@ -54,58 +90,115 @@ from jaxlab.moe.routers import (
     update_bias,
     update_relu_coefficient,
 )
+from jaxlab.moe.super_experts import (
+    OutputProfile,
+    attention_sink_score,
+    fisher_kurtosis,
+    massive_activations,
+    merge_profiles,
+    profile_outputs,
+    prune_experts,
+    rank_super_experts,
+    sink_rate,
+    super_expert_mask,
+)
 
 __all__ = [
     "Experts",
     "GatePlan",
+    "LayerCost",
     "NoisyPlan",
+    "OutputProfile",
     "RouterHealth",
     "SlotPlan",
+    "allocate_bits",
+    "attention_sink_score",
+    "average_bits",
+    "avg_k_scores",
     "balanced_hash",
+    "balanced_kmeans",
     "base_router",
+    "block_cosine",
+    "block_predictor",
     "capacity",
+    "cocitation_pairs",
     "comet_gate",
+    "dense_to_emoe",
     "dense_weights",
     "drop_rate",
     "dropless",
     "dselect_k_router",
+    "emoe_ffn",
+    "emoe_to_dense",
+    "enforced_router",
     "exchange_bytes",
     "expert_choice_router",
     "expert_load",
+    "f1_max",
+    "fake_quantize",
+    "fisher_kurtosis",
+    "gptq",
     "group_dispatch",
+    "group_experts",
+    "groups_per_layer",
     "hard_permutation",
     "hash_router",
     "imbalance_score",
     "importance_loss",
+    "kept_rows",
     "layer_experts",
     "limit_capacity",
     "load_balancing_loss",
     "load_loss",
+    "low_rank_sparse",
+    "massive_activations",
+    "match_neurons",
+    "merge_experts",
+    "merge_plan",
+    "merge_profiles",
+    "moe_accounting",
+    "moe_bit_plan",
     "moe_layer",
     "moge_router",
     "mutual_information_loss",
     "noisy_top_k_router",
+    "outlier_score",
     "permutation_entropy",
     "permutation_schedule",
     "permutation_search",
+    "permute_neurons",
     "permute_plan",
     "plan_from_gates",
     "plan_from_ids",
     "plan_from_weights",
+    "profile_outputs",
+    "prune_experts",
+    "prune_rows",
+    "quantization_grid",
+    "quantize_groups",
+    "rank_super_experts",
     "reachability_penalty",
     "relu_penalty",
     "relu_router",
     "router_health",
+    "router_similarity",
     "router_z_loss",
     "selector_entropy",
+    "sentence_router",
     "sigmoid_router",
+    "sink_rate",
     "sinkhorn_router",
+    "smear_merge",
     "soft_router",
+    "specified_expert_loss",
     "squared_variation",
+    "super_expert_mask",
     "swiglu_experts",
+    "taxonomy",
     "top_k_router",
     "upcycle",
     "update_bias",
+    "update_hessian",
     "update_permutations",
     "update_relu_coefficient",
     "voted_experts",

@@ -56,7 +56,7 @@ def mutual_kl(
 
     Example:
         >>> z = jnp.array([[2.0, 0.0]])
-        >>> float(mutual_kl(z, z[None]))
+        >>> float(jax.jit(mutual_kl)(z, z[None]))
         0.0
 
     Source:

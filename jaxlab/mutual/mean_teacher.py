@@ -216,7 +216,7 @@ def consistency_loss(
         ValueError: shapes do not fit, or an option is out of range.
 
     Example:
-        >>> float(consistency_loss(jnp.zeros((1, 2)), jnp.array([[50.0, 0.0]])))
+        >>> float(jax.jit(consistency_loss)(jnp.zeros((1, 2)), jnp.array([[50.0, 0.0]])))
         0.25
 
     Source:

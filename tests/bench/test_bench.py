@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab import cli
-from jaxlab.bench import kernels, losses, runner
+from jaxlab.bench import kernels, losses, peers, runner
 
 
 @pytest.mark.parametrize("name", kernels.BENCHES)
@@ -59,6 +59,24 @@ def test_a_peer_of_another_library_and_no_peer(capsys):
     alone = runner.run(runner.Contest("toy", {"pass": "fwd"}, jax.numpy.sum, (x,), None), rounds=2)
     assert (alone["peer"], alone["peer_ms"], alone["ratio"]) == (None, None, None) and alone["ms"] > 0
     assert "geometric mean of 2 ratios" in runner.render([row, row, alone])
+
+
+def test_a_step_of_peers_is_the_loop_over_one_peers_step():
+    """The loop learns from the predictions that stand at the start, as the first step of all peers at once does."""
+    contests = list(peers.BENCHES["peers"](True))
+    assert [contest.case for contest in contests] == ["mlp peers", "vit peers"]
+    for contest in contests:
+        rows = contest.peer[1]()
+        new, _ = jax.jit(contest.ours)(*contest.args)
+        for k, (params, _, opt_state, _) in enumerate(rows):
+            ours = jax.tree.map(lambda leaf, k=k: leaf[k], (new.params, new.opt_state))
+            pairs = zip(jax.tree.leaves(ours), jax.tree.leaves((params, opt_state)), strict=True)
+            for a, b in pairs:
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    row = runner.run(contests[0], rounds=1)
+    assert row["ms"] > 0 and row["ratio"] > 0 and row["compile_ratio"] > 0
+    line = runner.render([row])
+    assert "of a loop over one peer's step" in line and "of one peer's time" in line
 
 
 def test_executed_rows_are_those_of_the_cascade():

@@ -23,7 +23,8 @@ def run(batches, limit):
     carry, bads, step = guard.start(state), [], jax.jit(guard.guarded(update, limit=limit))
     for batch in batches:
         carry, metrics = step(carry, jnp.float32(batch), None)
-        bads.append(int(metrics["bad"]))
+        bads.append(int(metrics["bad"][0]))
+        assert metrics["bad"][1:].tolist() == [int(carry.in_row), int(carry.skipped)]
     names = list(guard.checked(state, {"loss": jnp.float32(0)}))
     return carry, [names[bad] if bad >= 0 else "" for bad in bads]
 
@@ -41,7 +42,7 @@ def test_a_bad_gradient_is_named_by_the_leaf_it_spoils():
 
     state = {"a": jnp.float32(0), "w": jnp.zeros(2), "best": jnp.float32(jnp.inf)}
     _, metrics = guard.guarded(quiet, limit=0)(guard.start(state), jnp.float32([np.nan, 0]), None)
-    assert list(guard.checked(state, {}))[int(metrics["bad"])] == "w"
+    assert list(guard.checked(state, {}))[int(metrics["bad"][0])] == "w"
 
 
 def test_after_the_limit_nothing_changes_however_late_the_host_looks():
@@ -81,8 +82,17 @@ def test_a_run_survives_a_bad_step_and_stops_at_the_second_in_a_row(tmp_path, po
     assert said[-1].startswith("jaxlab: stopped at step 5: 2 steps in a row were not finite, last loss;")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and np.isnan(rows[1]["loss"]).all()
+    assert [row.get("skipped_steps", 0) for row in rows] == [0, 1, 1, 2, 3]
     assert np.isfinite(rows[2]["loss"]).all()
     assert (tmp_path / "run" / "checkpoints" / "4" / "manifest.json").exists()
+
+
+def test_a_run_that_goes_on_still_counts_the_bad_steps_before_its_checkpoint(tmp_path, poisoned, capsys):
+    poisoned({1, 2})
+    arguments = ["train", "--run-dir", str(tmp_path / "run"), *TINY]
+    assert cli.main([*arguments, "--quiet"]) == 76  # the checkpoint of step 2 holds one bad step
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 76
+    assert "stopped at step 3: 2 steps in a row" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_debug_nans_finds_the_operation(tmp_path, poisoned, capsys):

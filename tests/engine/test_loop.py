@@ -38,6 +38,7 @@ def test_a_run_leaves_everything(finished):
     last = rows(finished)[-1]
     assert len(last["test_accuracy"]) == 2 and all(0 <= a <= 1 for a in last["test_accuracy"])
     assert {p.name for p in (finished / "plots").iterdir()} == {
+        "agreement.png",
         "learning_curves.png",
         "expert_load.png",
         "confusion.png",

@@ -112,6 +112,34 @@ def test_any_number_of_rounds_under_a_mapped_axis_by_name(room):
     np.testing.assert_allclose(got.reshape(-1, D), expected, rtol=1e-4, atol=1e-4)
 
 
+def ragged_by_gathering(x, output, starts, sizes, targets, arriving, *, axis_name):
+    """What `jax.lax.ragged_all_to_all` is documented to do, which CPUs lack: everyone sees all and takes its own."""
+    index = jax.lax.axis_index(axis_name)
+    rows, starts, sizes, targets = (jax.lax.all_gather(a, axis_name) for a in (x, starts, sizes, targets))
+    for sender in range(rows.shape[0]):
+        place = jnp.arange(rows.shape[1])
+        real = place < sizes[sender, index]
+        taken = rows[sender][jnp.minimum(starts[sender, index] + place, rows.shape[1] - 1)]
+        target = jnp.where(real, targets[sender, index] + place, output.shape[0])
+        output = output.at[target].set(taken, mode="drop")
+    return output + 0 * jnp.sum(arriving).astype(output.dtype)
+
+
+def test_ragged_blocks_have_the_right_places(monkeypatch):
+    """Offsets and sizes against one device, by the stand-in; the collective and its transpose are in the trace."""
+    one = moe.moe_layer(moe.top_k_router(E, K), moe.swiglu_experts(E, F))
+    params, where = start(one, D), np.arange(T) % 7 != 3
+    params["router"]["w"][:, 1:3] += 1
+    x = rng.normal(size=(T, D)).astype(np.float32) + 0.5
+    axes = MESHES["data=2,expert=4"]
+    loss = lambda p, x: jnp.sum(spread(axes, dispatch=moe.dropless("ragged"))(p, x, where)[0])
+    assert str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x)).count("ragged_all_to_all[") >= 4
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gathering)
+    mapped = spread(axes, dispatch=moe.dropless("ragged"))
+    got, expected = jax.jit(lambda p, x: (mapped(p, x, where)[0], one.apply(p, x, where=where)[0]))(params, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
 def crossing(text, operation):
     """Bytes of the results of an operation in the entry computation: what every step runs, whatever comes in."""
     entry = text[text.index("\nENTRY") :]

@@ -57,7 +57,7 @@ def linear():
 def test_two_steps_equal_the_gradient_written_out(peers):
     """Teachers: the own average for one network, the averages of the others for three; then the averages themselves."""
     learner = mutual.mean_teacher(linear(), optax.sgd(0.5), num_peers=peers, weight=0.7, kind="kl", decay=0.4)
-    state = learner.init(jax.random.key(0), BATCH)
+    state = jax.jit(learner.init)(jax.random.key(0), BATCH)
     update = jax.jit(learner.update)
     x, y, where = BATCH["x"].astype(np.float64), BATCH["y"], BATCH["where"]
     labelled = where & (y >= 0)
@@ -130,7 +130,7 @@ def test_a_new_state_can_be_donated():
 
 def test_masked_examples_change_nothing_even_when_they_are_nan():
     learner = mutual.mean_teacher(mlp([6, C]), optax.adam(1e-2), num_peers=2)
-    state = learner.init(jax.random.key(0), BATCH)
+    state = jax.jit(learner.init)(jax.random.key(0), BATCH)
     dirty = {**BATCH, "x": np.where(BATCH["where"][:, None], BATCH["x"], np.nan)}
     update = jax.jit(learner.update)
     a, b = update(state, BATCH, jax.random.key(1)), update(state, dirty, jax.random.key(1))
@@ -144,7 +144,7 @@ def test_masked_examples_change_nothing_even_when_they_are_nan():
 def test_training_is_equal_on_every_axis(mode):
     net, tx, peers = mlp([8, C]), optax.sgd(0.3, momentum=0.9), 4
     plain = mutual.mean_teacher(net, tx, num_peers=peers, decay=0.9)
-    start = plain.init(jax.random.key(0), BATCH)
+    start = jax.jit(plain.init)(jax.random.key(0), BATCH)
 
     def loop(update):
         def run(state, batch):
