@@ -98,3 +98,10 @@ def gpu_devices(config: str) -> list:
         raise RuntimeError(
             f"cannot compile for a GPU: pip install 'jaxlab[aot]', JAX_PLATFORMS=cpu ({error})"
         ) from error
+
+
+def multihost():
+    """Returns JAX's helpers for values that all processes exchange on the host."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils

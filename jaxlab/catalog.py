@@ -359,14 +359,16 @@ def bench_table() -> str:
     if not runs:
         return "Nothing is recorded yet."
     lines = [
-        "| kernel | sizes | pass | time / peer's time | peer | of the ceiling's rate | MiB, peer's MiB |",
+        "| kernel or loss | sizes | pass | time / peer's time | peer | of the ceiling's rate | MiB, peer's MiB |",
         "| --- | --- | --- | ---: | --- | ---: | --- |",
     ]
     for row in (row for run in runs for row in run["rows"]):
         sizes = ", ".join(f"{name} {value}" for name, value in row["params"].items() if name != "pass")
         ceiling = "" if row["ceiling_fraction"] is None else f"{row['ceiling_fraction']:.2f}"
-        memory = f"{row['temp_bytes'] / 2**20:.1f}, {row['peer_temp_bytes'] / 2**20:.1f}"
-        cells = [f"`{row['case']}`", sizes, row["params"]["pass"], f"{row['ratio']:.2f}", row["peer"], ceiling, memory]
+        memory = ", ".join(f"{b / 2**20:.1f}" for b in (row["temp_bytes"], row["peer_temp_bytes"]) if b is not None)
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        peer = row["peer"] or ""
+        cells = [f"`{row['case']}`", sizes, row["params"].get("pass", ""), ratio, peer, ceiling, memory]
         lines.append("| " + " | ".join(cells) + " |")
     about = runs[0]
     lines += [

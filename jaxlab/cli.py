@@ -89,6 +89,11 @@ def recipe_parser(recipe) -> Parser:
     parser.add_argument("--run-dir", type=Path, default=None)
     parser.add_argument("--resume", type=Path, default=None, metavar="DIR", help="go on with the run in DIR")
     parser.add_argument("--quiet", action="store_true")
+    parser.add_argument(
+        "--grace-seconds", type=float, default=0.0, help="leave with 75 that long after a signal; 0 = when saved"
+    )
+    parser.add_argument("--profile", action="store_true", help="trace a few steps, for TensorBoard and Perfetto")
+    parser.add_argument("--debug-nans", action="store_true", help="stop in the operation that makes the first NaN")
     parser.add_argument("--traceback", action="store_true")
     return parser
 
@@ -120,7 +125,8 @@ def command_train(arguments: list[str]) -> int:
         raise BadInput(f"unknown flag {word}{nearest(word, flags)}; see jaxlab train {name} --help")
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(find_recipe(name))}
 
-    from jaxlab.engine import loop
+    from jaxlab.engine import loop, processes
+    from jaxlab.engine.signals import SAVED
 
     if args.resume is not None:
         config = loop.read_config(args.resume)
@@ -138,12 +144,21 @@ def command_train(arguments: list[str]) -> int:
     else:
         recipe = find_recipe(name)(**given)
         run_dir = args.run_dir if args.run_dir is not None else loop.default_run_dir(recipe)
-    result = loop.train(recipe, run_dir, resume=args.resume is not None, quiet=args.quiet)
+    result = loop.train(
+        recipe.prepared(),
+        run_dir,
+        resume=args.resume is not None,
+        quiet=args.quiet,
+        grace_seconds=args.grace_seconds,
+        debug_nans=args.debug_nans,
+        profile=args.profile,
+    )
+    if processes.index() > 0:
+        return 0 if result.finished else SAVED
     if not result.finished:
         print(f"saved at step {result.step}; go on with:\n  jaxlab train --resume {run_dir}")
-        return 0 if recipe.steps == result.step else 130
-    accuracy = ", ".join(f"{100 * a:.1f}%" for a in result.evaluation["test_accuracy"])
-    print(f"test accuracy of the peers: {accuracy}; together {100 * result.evaluation['ensemble_accuracy']:.1f}%")
+        return SAVED
+    print("\n".join(recipe.report(run_dir, result.evaluation)))
     print(f"checkpoint, metrics, TensorBoard events and plots: {run_dir}")
     print(f"figures again:    jaxlab eval {run_dir}")
     print(f"after a stop:     jaxlab train --resume {run_dir}")
@@ -214,10 +229,12 @@ def command_claim(args: argparse.Namespace) -> int:
 
 
 def command_bench(args: argparse.Namespace) -> int:
-    """Times a kernel."""
-    from jaxlab.bench import kernels, peers, runner
+    """Times a kernel, the losses or a step of peers, or the models of `mil` as their bags grow."""
+    from jaxlab.bench import kernels, losses, mil, peers, runner
 
-    return runner.command(args, kernels.BENCHES | peers.BENCHES)
+    if args.name == "mil":
+        return mil.command(args)
+    return runner.command(args, {**kernels.BENCHES, **losses.BENCHES, **peers.BENCHES})
 
 
 def command_doctor(args: argparse.Namespace) -> int:
@@ -240,8 +257,15 @@ COMMANDS = {
 }
 
 
+# By name, because their module belongs to the engine, which most commands do not import.
+CODES = {"InputError": 2, "BadNumbersError": 76}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0 done, 1 error, 2 bad input, 130 interrupted and saved."""
+    """Runs the command line and returns its exit code.
+
+    0 done, 1 error, 2 bad input, 75 stopped and saved (start me again), 76 stopped on bad numbers, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     show_traceback = "--traceback" in arguments
@@ -266,11 +290,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if show_traceback:
             raise
-        bad = isinstance(error, (BadInput, LookupError)) or type(error).__name__ == "InputError"
+        code = 2 if isinstance(error, (BadInput, LookupError)) else CODES.get(type(error).__name__, 1)
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        hint = "" if bad else " (the whole story: --traceback)"
+        hint = " (the whole story: --traceback)" if code == 1 else ""
         print(f"jaxlab: {' '.join(str(text).split())}{hint}", file=sys.stderr)
-        return 2 if bad else 1
+        return code
 
 
 if __name__ == "__main__":

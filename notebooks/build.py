@@ -1,7 +1,8 @@
 """Builds the notebooks from their scripts: `python notebooks/build.py [NAME ...]`; `--check` only compares.
 
-A script's cells start with `# %%` (code) or `# %% [markdown]`. Cell ids are the cells' numbers, so that a rebuilt
-notebook differs only where its script or its pictures do. Building executes the notebook and keeps what it printed.
+A script's cells start with `# %%` (code), `# %% [markdown]` or `# %% [install]`, which is the cell in `install.py`.
+Cell ids are the cells' numbers, so that a rebuilt notebook differs only where its script or its pictures do. Building
+executes the notebook and keeps what it printed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 HERE = Path(__file__).parent
+NO_NOTEBOOKS = ("build.py", "install.py")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -25,6 +27,7 @@ def from_script(path: Path) -> nbformat.NotebookNode:
     cells = []
     for number, block in enumerate(re.split(r"^# %%", path.read_text(), flags=re.M)[1:]):
         head, _, body = block.partition("\n")
+        body = (Path(__file__).parent / "install.py").read_text() if "[install]" in head else body
         body = body.strip("\n")
         if "[markdown]" in head:
             text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.split("\n"))
@@ -57,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    scripts = [
-        p for p in sorted(HERE.glob("*.py")) if p.name != "build.py" and (not args.names or p.stem in args.names)
-    ]
+    scripts = [p for p in sorted(HERE.glob("*.py")) if p.name not in NO_NOTEBOOKS]
+    scripts = [p for p in scripts if not args.names or p.stem in args.names]
     stale = []
     for script in scripts:
         target, made = script.with_suffix(".ipynb"), from_script(script)

@@ -4,9 +4,9 @@
 # Four copies of a network of yours learn at once: from the labels, and from what the others say. They are one program
 # with a leading axis of peers, and only predictions pass between them. Less than a minute on a CPU is enough.
 
-# %%
-"""Says which jaxlab this is; `quickstart.ipynb` installs it."""
+# %% [install]
 
+# %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -15,10 +15,7 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
-import jaxlab
 from jaxlab import mutual, nn
-
-print("jaxlab", jaxlab.__version__, "with JAX", jax.__version__)
 
 # %% [markdown]
 # ## The network

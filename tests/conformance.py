@@ -254,15 +254,16 @@ def finite(tree, message):
 def check_jit(runner: Runner):
     """Two traces give one program, jitted equals eager, other values do not retrace, and no tracer leaks."""
     a, b = inputs(runner.case, 0), inputs(runner.case, 1)
+    first = runner.single.trace(a)
+    second = jax.jit(lambda v: runner.call(v)).trace(a)  # a new function, as JAX answers an old one from its cache
+    with jax.checking_leaks():  # prints shared parts in another way, so that its program cannot be compared
+        jax.eval_shape(lambda v: runner.call(v), a)
+    programs = [re.sub("0x[0-9a-f]+", "", str(traced.jaxpr)) for traced in (first, second)]  # addresses of callbacks
+    assert programs[0] == programs[1], "a second trace gives another program"
     compiled = runner.single(a)
     before = runner.traces
     runner.single(b)
     assert runner.traces == before, "the second call with other values traced again"
-    with jax.checking_leaks():
-        jax.eval_shape(lambda v: runner.case.function(**v, **runner.case.static), a)
-    # A new function each time, because JAX answers an old one from its cache; addresses of callbacks differ.
-    programs = [re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(lambda v: runner.call(v))(a))) for _ in range(2)]
-    assert programs[0] == programs[1], "a second trace gives another program"
     if runner.case.eager:
         with counted() as count:
             eager = runner.call(a)
@@ -397,17 +398,17 @@ def check_dtype(runner: Runner):
         return
     full = inputs(case, 0)
     half = {n: v.astype(jnp.bfloat16) if n in floats else v for n, v in full.items()}
-    shapes = jax.eval_shape(lambda v: case.function(**v, **case.static), half)
-    for leaf in jax.tree.leaves(shapes):
+    in_half = jax.jit(runner.call).trace(half)
+    for leaf in jax.tree.leaves(in_half.out_info):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             scalar_loss = leaf.ndim == 0 and leaf.dtype == jnp.float32
             assert leaf.dtype == jnp.bfloat16 or scalar_loss, f"bfloat16 in, {leaf.dtype} out"
-    for leaf in jax.tree.leaves(jax.eval_shape(lambda v: case.function(**v, **case.static), full)):
+    for leaf in jax.tree.leaves(runner.single.trace(full).out_info):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             assert leaf.dtype == jnp.float32, f"float32 in, {leaf.dtype} out"
             assert not leaf.weak_type, "the result is weakly typed"
     rounded = {n: np.asarray(v, np.float32) if n in floats else v for n, v in half.items()}
-    got, expected = jax.jit(runner.call)(half), runner.single(rounded)
+    got, expected = in_half.lower().compile()(half), runner.single(rounded)
     close(got, expected, tolerance=case.bfloat16_tolerance, message="bfloat16 against float32 of the same numbers")
 
 
@@ -417,8 +418,7 @@ def check_key(runner: Runner):
     if not keys:
         return
     with jax.debug_key_reuse(True):
-        jax.eval_shape(lambda v: runner.case.function(**v, **runner.case.static), inputs(runner.case, 0))
-        jax.jit(runner.call).trace(inputs(runner.case, 0)).lower()
+        jax.jit(lambda v: runner.call(v)).trace(inputs(runner.case, 0)).lower()
     a = inputs(runner.case, 0)
     first, second = runner.single(a), runner.single({**a, **{n: jax.random.key(99) for n in keys}})
     same = all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))

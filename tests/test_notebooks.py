@@ -10,7 +10,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 spec = importlib.util.spec_from_file_location("notebooks_build", NOTEBOOKS / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
-SCRIPTS = [path for path in sorted(NOTEBOOKS.glob("*.py")) if path.name != "build.py"]
+SCRIPTS = [path for path in sorted(NOTEBOOKS.glob("*.py")) if path.name not in build.NO_NOTEBOOKS]
 
 
 def test_notebooks_are_those_of_their_scripts(capsys):

@@ -49,8 +49,8 @@ def test_flax_linen_and_nnx_fit_in_one_line():
 
 def test_vit_penalty_and_errors():
     net = nn.vit(3, patch=2, width=8, depth=1, heads=2)
-    params = net.init(jax.random.key(0), jax.ShapeDtypeStruct((4, 4, 1), jnp.float32))
-    assert net.apply(params, jnp.ones((2, 4, 4, 1)))["logits"].shape == (2, 3)
+    params, state = net.init(jax.random.key(0), jax.ShapeDtypeStruct((4, 4, 1), jnp.float32))
+    assert net.apply(params, state, jnp.ones((2, 4, 4, 1)))[0]["logits"].shape == (2, 3)
     with pytest.raises(ValueError, match="patch=2 must divide"):
         net.init(jax.random.key(0), (5, 4, 1))
     with pytest.raises(ValueError, match="heads=3"):

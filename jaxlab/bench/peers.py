@@ -70,8 +70,9 @@ def _contest(name, net, batch, count) -> Contest:
         params={"K": count, "batch": len(batch["y"]), "pass": "step"},
         ours=lambda state, batch: learner.update(state, batch, key),
         args=(state, batch),
-        peer=("a loop over one peer's step", loop),
-        loop=((rows, everyone, teach, batch), one, (*rows[0], everyone, teach[0], batch)),
+        peer=("a loop over one peer's step", lambda: loop(rows, everyone, teach, batch)),
+        foreign=True,
+        part=(one, (*rows[0], everyone, teach[0], batch)),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -36,59 +37,68 @@ class Contest:
         params: sizes, dtype and pass ("fwd" or "fwd_bwd").
         ours: the function under test.
         args: its arguments, and those of the peer.
-        peer: name and function of what it is compared with.
+        peer: name and function of what it is compared with; None where there is nothing to compare with here.
         ceiling: function and arguments of the same useful arithmetic at its fastest; None without one.
         work_ratio: executed over useful rows or tiles, counted exactly; None where nothing is wasted by design.
-        loop: where the peer is a Python loop over a compiled part, the loop's own arguments, the part, and the part's
-            arguments. The loop is called as it stands, and what compiling costs is compared too.
+        foreign: whether the peer is a callable without arguments that does the same work as it stands.
+        part: function and arguments of what a foreign peer compiles and calls in a loop; what it costs to compile is
+            compared too.
     """
 
     case: str
     params: Mapping[str, Any]
     ours: Callable[..., Any]
     args: Sequence[Any]
-    peer: tuple[str, Callable[..., Any]]
+    peer: tuple[str, Callable[..., Any]] | None
     ceiling: tuple[Callable[..., Any], Sequence[Any]] | None = None
     work_ratio: float | None = None
-    loop: tuple[Sequence[Any], Callable[..., Any], Sequence[Any]] | None = None
+    foreign: bool = False
+    part: tuple[Callable[..., Any], Sequence[Any]] | None = None
 
 
 def run(contest: Contest, *, rounds: int = 9) -> dict[str, Any]:
     """Returns the row of one contest: milliseconds, ratios and the temporary bytes that the compiler states."""
-    jobs = {"ours": (contest.ours, contest.args), "peer": (contest.peer[1], contest.args)}
+    jobs = {"ours": (contest.ours, contest.args)}
+    if contest.peer is not None and not contest.foreign:
+        jobs["peer"] = (contest.peer[1], contest.args)
     if contest.ceiling is not None:
         jobs["ceiling"] = contest.ceiling
-    part, compiled, extra = None, {}, {}
-    if contest.loop is not None:
-        loop_args, single, single_args = contest.loop
-        jobs["peer"] = (contest.peer[1], loop_args)
-        (part, alone), (ours, together) = (_timed_compile(*job) for job in ((single, single_args), jobs["ours"]))
-        compiled = {"ours": ours, "peer": contest.peer[1]}
-        extra = {"compile_s": round(together, 2), "compile_ratio": round(together / alone, 2)}
-    compiled = {name: compiled.get(name) or jax.jit(f).lower(*args).compile() for name, (f, args) in jobs.items()}
-    ms: dict[str, list[float]] = {name: [] for name in jobs}
+    compiled, seconds = {}, {}
+    for name, (function, args) in {**jobs, **({"part": contest.part} if contest.part else {})}.items():
+        compiled[name], seconds[name] = _timed_compile(function, args)
+    part, extra = compiled.pop("part", None), {}
+    if part is not None:
+        extra = {"compile_s": round(seconds["ours"], 2), "compile_ratio": round(seconds["ours"] / seconds["part"], 2)}
+    calls = {name: functools.partial(program, *jobs[name][1]) for name, program in compiled.items()}
+    if contest.peer is not None and contest.foreign:
+        calls["peer"] = contest.peer[1]
+    ms: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
-        for name, program in compiled.items():
+        for name, call in calls.items():
             began = time.perf_counter()
-            jax.block_until_ready(program(*jobs[name][1]))
+            jax.block_until_ready(call())
             if i:  # the first round warms caches
                 ms[name].append(1e3 * (time.perf_counter() - began))
     each = {name: np.asarray(values) for name, values in ms.items()}
-    low, median, high = np.percentile(each["ours"], (25, 50, 75))
-    ceiling = each.get("ceiling")
+    low, high = np.percentile(each["ours"], (25, 75))
+
+    def median(values) -> float | None:
+        return None if values is None else round(float(np.median(values)), 3)
+
+    peer, ceiling = each.get("peer"), each.get("ceiling")
     return {
         "case": contest.case,
         "params": dict(contest.params),
-        "ms": round(float(median), 3),
+        "ms": median(each["ours"]),
         "quartiles": [round(float(low), 3), round(float(high), 3)],
-        "peer": contest.peer[0],
-        "peer_ms": round(float(np.median(each["peer"])), 3),
-        "ratio": round(float(np.median(each["ours"] / each["peer"])), 3),
-        "ceiling_ms": None if ceiling is None else round(float(np.median(ceiling)), 3),
-        "ceiling_fraction": None if ceiling is None else round(float(np.median(ceiling / each["ours"])), 3),
+        "peer": None if contest.peer is None else contest.peer[0],
+        "peer_ms": median(peer),
+        "ratio": median(None if peer is None else each["ours"] / peer),
+        "ceiling_ms": median(ceiling),
+        "ceiling_fraction": median(None if ceiling is None else ceiling / each["ours"]),
         "work_ratio": contest.work_ratio,
         "temp_bytes": _temp_bytes(compiled["ours"]),
-        "peer_temp_bytes": _temp_bytes(compiled["peer"] if part is None else part),
+        "peer_temp_bytes": None if (other := compiled.get("peer", part)) is None else _temp_bytes(other),
         **extra,
     }
 
@@ -149,15 +159,23 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         params = " ".join(f"{name}={value}" for name, value in row["params"].items())
-        parts = [f"{row['ms']:.2f} ms", f"{row['ratio']:.2f} of {row['peer']} ({row['peer_ms']:.2f} ms)"]
+        parts = [f"{row['ms']:.2f} ms"]
+        if row["ratio"] is not None:
+            parts.append(f"{row['ratio']:.2f} of {row['peer']} ({row['peer_ms']:.2f} ms)")
         if row["ceiling_fraction"] is not None:
             parts.append(f"{row['ceiling_fraction']:.2f} of the ceiling's rate")
         if row["work_ratio"] is not None:
             parts.append(f"{row['work_ratio']:.2f} rows for one needed")
-        parts.append(f"{row['temp_bytes'] / 2**20:.1f} MiB against {row['peer_temp_bytes'] / 2**20:.1f}")
         if "compile_ratio" in row:
-            parts.append(f"compiled in {row['compile_s']:.1f} s, {row['compile_ratio']:.2f} of one peer's time")
+            parts.append(f"compiled in {row['compile_ratio']:.2f} of one peer's time")
+        against = row["peer_temp_bytes"]
+        parts.append(
+            f"{row['temp_bytes'] / 2**20:.1f} MiB" + ("" if against is None else f" against {against / 2**20:.1f}")
+        )
         lines.append(f"{row['case']} {params}: {', '.join(parts)}")
+    ratios = [row["ratio"] for row in rows if row["ratio"]]
+    if len(ratios) > 1:
+        lines.append(f"geometric mean of {len(ratios)} ratios: {np.exp(np.mean(np.log(ratios))):.2f}")
     return "\n".join(lines)
 
 

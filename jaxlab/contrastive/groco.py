@@ -68,8 +68,8 @@ def groco_loss(
 
     Example:
         >>> z = jnp.eye(3)
-        >>> good = groco_loss(z, z[:, None], -z, k=2)
-        >>> float(good) < float(groco_loss(z, -z[:, None], z, k=2))
+        >>> loss = jax.jit(lambda positives, negatives: groco_loss(z, positives, negatives, k=2))
+        >>> bool(loss(z[:, None], -z) < loss(-z[:, None], z))
         True
 
     Source:
@@ -136,9 +136,9 @@ def groco_multiview_loss(
         ValueError: `views` is not [V >= 2, B, D], or an option is out of range.
 
     Example:
-        >>> views = jax.random.normal(jax.random.key(0), (2, 8, 4))
-        >>> together = jnp.broadcast_to(views[:1], views.shape)
-        >>> float(groco_multiview_loss(together, k=3)) < float(groco_multiview_loss(views, k=3))
+        >>> loss = jax.jit(lambda views: groco_multiview_loss(views, k=2))
+        >>> z = jnp.eye(4)
+        >>> bool(loss(jnp.stack([z, z])) < loss(jnp.stack([z, -z])))
         True
 
     Source:

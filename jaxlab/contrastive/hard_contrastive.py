@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxlab.contrastive.info_nce import _checked, _own_columns, _unit
+from jaxlab.contrastive._pairs import checked_where, own_columns, unit_rows
 from jaxlab.ops.collectives import all_sum, gather_rows
 from jaxlab.ops.masked import compute_dtype, masked_logsumexp, masked_softmax, masked_sum, safe_divide
 from jaxlab.ops.reduction import reduce_terms
@@ -62,8 +62,9 @@ def hard_contrastive_loss(
         ValueError: shapes do not fit, or an option is out of range.
 
     Example:
-        >>> a, b = jax.random.normal(jax.random.key(0), (2, 8, 4))
-        >>> float(hard_contrastive_loss(a, b)) < float(hard_contrastive_loss(a, b, alpha=1.0))
+        >>> both = jax.jit(lambda a, b: [hard_contrastive_loss(a, b, alpha=alpha) for alpha in (0.1, 1.0)])
+        >>> hard, plain = both(np.eye(4), np.eye(4)[::-1])
+        >>> bool(hard < plain)
         True
 
     Source:
@@ -103,8 +104,7 @@ def simple_contrastive_loss(
         ValueError: shapes do not fit, or an option is out of range.
 
     Example:
-        >>> x = jnp.eye(3)
-        >>> float(simple_contrastive_loss(x, x))
+        >>> float(jax.jit(simple_contrastive_loss)(np.eye(3), np.eye(3)))
         -1.0
 
     Source:
@@ -130,7 +130,8 @@ def relative_penalty(scores: Array, *, temperature: float | Array, where: Array 
         ValueError: `temperature` is not positive or `where` does not fit.
 
     Example:
-        >>> relative_penalty(jnp.array([0.9, 0.9, 0.1]), temperature=0.1, where=jnp.array([True, True, False])).tolist()
+        >>> penalty = jax.jit(lambda scores, where: relative_penalty(scores, temperature=0.1, where=where))
+        >>> penalty(jnp.array([0.9, 0.9, 0.1]), jnp.array([True, True, False])).tolist()
         [0.5, 0.5, 0.0]
 
     Source:
@@ -155,7 +156,8 @@ def penalty_entropy(scores: Array, *, temperature: float | Array, where: Array |
         ValueError: `temperature` is not positive or `where` does not fit.
 
     Example:
-        >>> round(penalty_entropy(jnp.zeros(4), temperature=1.0).item(), 4)  # log 4
+        >>> entropy = jax.jit(lambda scores: penalty_entropy(scores, temperature=1.0))
+        >>> round(entropy(jnp.zeros(4)).item(), 4)  # log 4
         1.3863
 
     Source:
@@ -184,7 +186,7 @@ def uniformity(embeddings: Array, *, t: float = 2.0, where: Array | None = None,
         ValueError: a shape does not fit, or `t` is not positive.
 
     Example:
-        >>> float(uniformity(jnp.array([[1.0, 0.0], [0.0, 1.0]])).round(4))
+        >>> round(jax.jit(uniformity)(jnp.array([[1.0, 0.0], [0.0, 1.0]])).item(), 4)
         -4.0
 
     Source:
@@ -212,7 +214,7 @@ def tolerance(embeddings: Array, labels: Array, *, where: Array | None = None, a
         ValueError: a shape does not fit.
 
     Example:
-        >>> float(tolerance(jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0, 1])))
+        >>> float(jax.jit(tolerance)(jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0, 1])))
         1.0
 
     Source:
@@ -248,24 +250,24 @@ def alignment(
         ValueError: shapes do not fit.
 
     Example:
-        >>> float(alignment(jnp.eye(2), jnp.eye(2)[::-1]))
+        >>> float(jax.jit(alignment)(np.eye(2), np.eye(2)[::-1]))
         2.0
 
     Source:
         Wang, Isola, arXiv 2005.10242, with exponent 2.
     """
     keep = _checked_pairs(a, b, where, 1.0, 1.0)
-    terms = jnp.sum(jnp.square(_unit(a, keep) - _unit(b, keep)), axis=1)
+    terms = jnp.sum(jnp.square(unit_rows(a, keep) - unit_rows(b, keep)), axis=1)
     return reduce_terms(terms, keep, reduction=reduction, axis_name=axis_name, dtype=a.dtype)
 
 
 def _scores(a, b, keep, alpha, axis_name):
     """Returns cosines [N, M] to the second view of all shards, the own column, and the negatives kept."""
-    a, b = _unit(a, keep), _unit(b, keep)
+    a, b = unit_rows(a, keep), unit_rows(b, keep)
     others, exist = gather_rows(b, axis_name), gather_rows(keep, axis_name)
     scores = jnp.matmul(a, others.T, precision=jax.lax.Precision.HIGHEST)
     total = others.shape[0]
-    own = _own_columns(a.shape[0], total, axis_name)
+    own = own_columns(a.shape[0], total, axis_name)
     negative = exist[None, :] & jnp.logical_not(own)
     if alpha < 1:
         # The numbers are counted on the host: in float32, 0.1 * 10 is above 1. The rounding undoes it in float64.
@@ -290,9 +292,9 @@ def _simple_terms(a, b, keep, *, weight, alpha, axis_name):
 
 def _pairs(embeddings, keep, axis_name):
     """Returns cosines [N, M] to all shards' embeddings and which of them are pairs of two different examples."""
-    unit = _unit(embeddings, keep)
+    unit = unit_rows(embeddings, keep)
     others, exist = gather_rows(unit, axis_name), gather_rows(keep, axis_name)
-    own = _own_columns(unit.shape[0], others.shape[0], axis_name)
+    own = own_columns(unit.shape[0], others.shape[0], axis_name)
     scores = jnp.matmul(unit, others.T, precision=jax.lax.Precision.HIGHEST)
     return scores, unit, others, keep[:, None] & exist[None, :] & jnp.logical_not(own)
 
@@ -328,10 +330,10 @@ def _checked_pairs(a, b, where, temperature, alpha):
         raise ValueError(f"a and b must have one shape [N, D], got {a.shape} and {b.shape}")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha} must be above 0 and at most 1")
-    return _checked(where, a.shape[0], temperature)
+    return checked_where(where, a.shape[0], temperature)
 
 
 def _checked_rows(embeddings, where):
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings must be [N, D], got {embeddings.shape}")
-    return _checked(where, embeddings.shape[0], 1.0)
+    return checked_where(where, embeddings.shape[0])

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.ops.collectives import axis_index, gather_rows
-from jaxlab.ops.masked import compute_dtype, masked_logsumexp, safe_normalize, zero_where_false
+from jaxlab.contrastive._pairs import checked_where, own_index, unit_rows
+from jaxlab.ops.chunks import map_rows
+from jaxlab.ops.collectives import gather_rows
+from jaxlab.ops.masked import masked_logsumexp
 from jaxlab.ops.reduction import reduce_terms
 from jaxlab.ops.sharding import rows_mixed
 
@@ -28,6 +30,7 @@ def info_nce_loss(
     where: Array | None = None,
     axis_name: str | None = None,
     reduction: str = "mean",
+    chunk: int | None = None,
 ) -> Array:
     """Returns the InfoNCE loss of telling `b[i]` from the other rows of `b`, given `a[i]`.
 
@@ -40,6 +43,7 @@ def info_nce_loss(
         where: bool [N], real pairs; the others are neither anchors nor negatives.
         axis_name: mapped axis over which the pairs are spread: negatives come from all shards.
         reduction: "mean" (over all shards) or "none", `[N]`.
+        chunk: anchors that are compared at a time, forward and backward, so that memory is linear in N; None = all.
 
     Returns:
         Scalar in the accumulation dtype (float32 for bfloat16 input), or `[N]` in the dtype of `a`. A pair without
@@ -58,8 +62,8 @@ def info_nce_loss(
     """
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"a and b must have one shape [N, D], got {a.shape} and {b.shape}")
-    keep = _checked(where, a.shape[0], temperature)
-    terms = rows_mixed(_info_nce_terms)(a, b, keep, temperature=temperature, axis_name=axis_name)
+    keep = checked_where(where, a.shape[0], temperature)
+    terms = rows_mixed(_info_nce_terms)(a, b, keep, temperature=temperature, axis_name=axis_name, chunk=chunk)
     return reduce_terms(terms, keep, reduction=reduction, axis_name=axis_name, dtype=a.dtype)
 
 
@@ -70,6 +74,7 @@ def nt_xent_loss(
     where: Array | None = None,
     axis_name: str | None = None,
     reduction: str = "mean",
+    chunk: int | None = None,
 ) -> Array:
     """Returns SimCLR's loss between V views of B examples.
 
@@ -82,6 +87,7 @@ def nt_xent_loss(
         where: bool [B], real examples.
         axis_name: mapped axis over which the examples are spread: negatives come from all shards.
         reduction: "mean" over anchors (of all shards) or "none", `[V, B]`.
+        chunk: examples that are compared at a time, forward and backward, so that memory is linear in B; None = all.
 
     Returns:
         Scalar in the accumulation dtype (float32 for bfloat16 input), or `[V, B]` in the dtype of `views`. With a
@@ -101,49 +107,39 @@ def nt_xent_loss(
     """
     if views.ndim != 3 or views.shape[0] < 2:
         raise ValueError(f"views must be [V, B, D] with V >= 2 views, got {views.shape}")
-    keep = _checked(where, views.shape[1], temperature)
-    terms = rows_mixed(_nt_xent_terms)(views, keep, temperature=temperature, axis_name=axis_name)
+    keep = checked_where(where, views.shape[1], temperature)
+    terms = rows_mixed(_nt_xent_terms)(views, keep, temperature=temperature, axis_name=axis_name, chunk=chunk)
     anchors = jnp.broadcast_to(keep[None, :], terms.shape)
     return reduce_terms(terms, anchors, reduction=reduction, axis_name=axis_name, dtype=views.dtype)
 
 
-def _checked(where: Array | None, rows: int, temperature: float | Array) -> Array:
-    if isinstance(temperature, int | float) and not temperature > 0:  # a learnt one is an array, known later
-        raise ValueError(f"temperature={temperature} must be positive")
-    if where is not None and where.shape != (rows,):
-        raise ValueError(f"where has shape {where.shape}, expected ({rows},)")
-    return jnp.ones(rows, bool) if where is None else where
-
-
-def _unit(x: Array, keep: Array) -> Array:
-    return safe_normalize(zero_where_false(x, keep).astype(compute_dtype(x)))
-
-
-def _info_nce_terms(a, b, keep, *, temperature, axis_name):
-    a, b = _unit(a, keep), _unit(b, keep)
+def _info_nce_terms(a, b, keep, *, temperature, axis_name, chunk):
+    a, b = unit_rows(a, keep), unit_rows(b, keep)
     others, exist = gather_rows(b, axis_name), gather_rows(keep, axis_name)
-    logits = jnp.matmul(a, others.T, precision=jax.lax.Precision.HIGHEST) / temperature
-    # An anchor's own pair always stands in the sum, so that the masked anchors, too, have a finite logarithm.
-    own = _own_columns(a.shape[0], others.shape[0], axis_name)
-    positive = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
-    return masked_logsumexp(logits, own | exist[None, :]) - positive
+
+    def block(a, index):
+        logits = jnp.matmul(a, others.T, precision=jax.lax.Precision.HIGHEST) / temperature
+        # An anchor's own pair always stands in the sum, so that the masked anchors, too, have a finite logarithm.
+        own = index[:, None] == jnp.arange(len(others))[None, :]
+        return masked_logsumexp(logits, own | exist[None, :]) - jnp.sum(jnp.where(own, logits, 0.0), axis=1)
+
+    return map_rows(block, a, own_index(len(a), axis_name), chunk=chunk)
 
 
-def _nt_xent_terms(views, keep, *, temperature, axis_name):
+def _nt_xent_terms(views, keep, *, temperature, axis_name, chunk):
     num_views, rows, _ = views.shape
-    unit = _unit(jnp.moveaxis(views, 1, 0), keep)
+    unit = unit_rows(jnp.moveaxis(views, 1, 0), keep)
     others, exist = gather_rows(unit, axis_name), gather_rows(keep, axis_name)
-    total = others.shape[0]
-    logits = jnp.einsum("ivd,jud->viuj", unit, others, precision=jax.lax.Precision.HIGHEST) / temperature
-    example = _own_columns(rows, total, axis_name)[None, :, None, :]
-    view = jnp.eye(num_views, dtype=bool)[:, None, :, None]
-    positive = example & jnp.logical_not(view)
-    counted = positive | (jnp.logical_not(example) & exist[None, None, None, :])
-    flat = (num_views, rows, num_views * total)
-    log_sum = masked_logsumexp(logits.reshape(flat), jnp.broadcast_to(counted, logits.shape).reshape(flat))
-    return log_sum - jnp.sum(jnp.where(positive, logits, 0.0), axis=(2, 3)) / (num_views - 1)
+    total = len(others)
 
+    def block(unit, index):
+        logits = jnp.einsum("ivd,jud->ivuj", unit, others, precision=jax.lax.Precision.HIGHEST) / temperature
+        example = (index[:, None] == jnp.arange(total)[None, :])[:, None, None, :]
+        view = jnp.eye(num_views, dtype=bool)[None, :, :, None]
+        positive = example & jnp.logical_not(view)
+        counted = positive | (jnp.logical_not(example) & exist[None, None, None, :])
+        flat = (len(unit), num_views, num_views * total)
+        log_sum = masked_logsumexp(logits.reshape(flat), jnp.broadcast_to(counted, logits.shape).reshape(flat))
+        return log_sum - jnp.sum(jnp.where(positive, logits, 0.0), axis=(2, 3)) / (num_views - 1)
 
-def _own_columns(rows: int, total: int, axis_name: str | None) -> Array:
-    """Returns bool [rows, total]: which of the gathered columns is the row itself."""
-    return (axis_index(axis_name) * rows + jnp.arange(rows))[:, None] == jnp.arange(total)[None, :]
+    return map_rows(block, unit, own_index(rows, axis_name), chunk=chunk).T

@@ -53,8 +53,8 @@ def matryoshka_loss(
         ValueError: `dims` is empty or reaches beyond an embedding, or `weights` has another length.
 
     Example:
-        >>> z = jnp.array([[1.0, 2.0, 3.0, 4.0]])
-        >>> float(matryoshka_loss(jnp.sum, z, dims=(1, 2, 4)))
+        >>> loss = jax.jit(lambda z: matryoshka_loss(jnp.sum, z, dims=(1, 2, 4)))
+        >>> float(loss(jnp.array([[1.0, 2.0, 3.0, 4.0]])))
         14.0
 
     Source:
@@ -104,10 +104,9 @@ def matryoshka_contrastive_loss(
         ValueError: as `matryoshka_loss` and `info_nce_loss`.
 
     Example:
-        >>> x = jnp.eye(4) + 0.1
-        >>> dims = nesting_dims(4, smallest=2)
-        >>> good = matryoshka_contrastive_loss(x, x, dims=dims)
-        >>> float(good) < float(matryoshka_contrastive_loss(x, x[::-1], dims=dims))
+        >>> loss = jax.jit(lambda a, b: matryoshka_contrastive_loss(a, b, dims=nesting_dims(4, smallest=2)))
+        >>> x = np.eye(4, dtype=np.float32) + 0.1
+        >>> float(loss(x, x)) < float(loss(x, x[::-1]))
         True
 
     Source:
@@ -155,7 +154,8 @@ def matryoshka_head(num_classes: int, *, dims: Sequence[int], tied: bool = False
 
     Example:
         >>> head = matryoshka_head(3, dims=(2, 4))
-        >>> head.apply(head.init(jax.random.key(0), 4), jnp.ones((5, 4))).shape
+        >>> run = lambda key, x: head.apply(head.init(key, 4), x)
+        >>> jax.eval_shape(run, jax.random.key(0), jnp.ones((5, 4))).shape
         (2, 5, 3)
 
     Source:
@@ -204,8 +204,8 @@ def adaptive_classify(logits: Array, thresholds: Array, *, dims: Sequence[int]) 
         ValueError: shapes do not fit.
 
     Example:
-        >>> logits = jnp.array([[[3.0, 0.0]], [[0.0, 3.0]]])
-        >>> [a.item() for a in adaptive_classify(logits, jnp.array([0.9]), dims=(8, 16))]
+        >>> classify = jax.jit(lambda logits, thresholds: adaptive_classify(logits, thresholds, dims=(8, 16)))
+        >>> [a.item() for a in classify(jnp.array([[[3.0, 0.0]], [[0.0, 3.0]]]), jnp.array([0.9]))]
         [0, 8]
 
     Source:
@@ -283,7 +283,8 @@ def prefix_search(query: Array, database: Array, *, dim: int, k: int, where: Arr
         ValueError: shapes do not fit, or a number is out of range.
 
     Example:
-        >>> prefix_search(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0], [2.0, 0.1]]), dim=2, k=1).tolist()
+        >>> search = jax.jit(lambda query, database: prefix_search(query, database, dim=2, k=1))
+        >>> search(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0], [2.0, 0.1]])).tolist()
         [[1]]
 
     Source:
@@ -317,9 +318,9 @@ def funnel_search(
         ValueError: shapes do not fit, or the schedule's candidates grow or its numbers are out of range.
 
     Example:
-        >>> x = jax.random.normal(jax.random.key(0), (9, 4))
-        >>> funnel_search(x, x, schedule=((4, 2), (1, 4)))[:, 0].tolist()
-        [0, 1, 2, 3, 4, 5, 6, 7, 8]
+        >>> x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+        >>> jax.jit(lambda x: funnel_search(x, x, schedule=((4, 2), (1, 4))))(x)[:, 0].tolist()
+        [0, 1, 2, 3, 4]
 
     Source:
         Kusupati et al., arXiv 2205.13147, section 4.3.1.
@@ -358,7 +359,7 @@ def mean_average_precision(found: Array, labels: Array) -> Array:
         ValueError: shapes do not fit.
 
     Example:
-        >>> float(mean_average_precision(jnp.array([[1, 0]]), jnp.array([1])))
+        >>> float(jax.jit(mean_average_precision)(jnp.array([[1, 0]]), jnp.array([1])))
         0.5
 
     Source:

@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line, exit code 2."""
+"""Errors of a run, each with its exit code; the command line prints the message alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input by the user; the command line prints the message alone and exits with 2."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that the run depends on could not be saved; exit code 1."""
+
+
+class BadNumbersError(RuntimeError):
+    """Too many steps in a row were not finite; exit code 76."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlab.engine import files
+
 
 def plain(value: Any) -> Any:
     """Returns the value as JSON types; arrays become numbers or lists."""
@@ -88,7 +90,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         rows = [] if resume_step is None else [row for row in read_rows(self.path) if row["step"] <= resume_step]
         rows = [row for row in rows if "test_accuracy" not in row or row["step"] < (resume_step or 0)]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a")
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
 

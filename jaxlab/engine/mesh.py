@@ -59,8 +59,19 @@ def check_divides(mesh: Mesh | None, axis: str, name: str, value: int) -> None:
         raise InputError(f"{name}={value} is not divisible by the mesh axis {axis}={size}: use {near}")
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns the sharding of every leaf: peers over `peer`, stacked experts over `expert`, the rest replicated."""
+# A leaf below this size is cheaper to keep whole on every device than to gather.
+SMALL = 1024
+
+
+def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
+    """Returns the sharding of every leaf: peers over `peer`, stacked experts over `expert`, the rest replicated.
+
+    Args:
+        state: pytree of arrays or shapes.
+        mesh: the mesh of the run.
+        fsdp: whether parameters and optimiser state are also spread over `data`, each leaf along its longest axis that
+            is still free and divisible; the compiler gathers a leaf where it is used.
+    """
     axes = dict(mesh.shape)
 
     def of(path, leaf):
@@ -70,6 +81,10 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
             spec[0] = "peer"
         if "'experts'" in text and leaf.ndim > 1 and "expert" in axes and leaf.shape[1] % axes["expert"] == 0:
             spec[1] = "expert"
+        if fsdp and "data" in axes and leaf.size >= SMALL:
+            free = [i for i in range(leaf.ndim) if spec[i] is None and leaf.shape[i] % axes["data"] == 0]
+            if free:
+                spec[max(free, key=lambda i: leaf.shape[i])] = "data"
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree_util.tree_map_with_path(of, state)

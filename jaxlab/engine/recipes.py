@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxlab.engine.errors import InputError, did_you_mean
-from jaxlab.types import Learner
+from jaxlab.types import Layer, Learner, StatefulLayer
+
+if TYPE_CHECKING:
+    import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Recipe:
         mesh: `data=2,expert=4`; empty = one device.
         save_every: steps between checkpoints.
         log_every: steps between rows of the metrics.
+        accumulate: steps whose gradients are averaged before one update of the parameters.
+        compute: `float32`, or `bfloat16` for activations and products while the parameters stay in float32.
+        shard: `replicated`, or `fsdp`, which spreads parameters and optimiser state over the mesh axis `data`.
+        bad_steps: steps in a row whose loss or state is not finite that end the run; each is skipped. 0 = no end.
     """
 
     name: ClassVar[str] = ""
@@ -37,20 +45,55 @@ class Recipe:
     mesh: str = ""
     save_every: int = 250
     log_every: int = 25
+    accumulate: int = 1
+    compute: str = "float32"
+    shard: str = "replicated"
+    bad_steps: int = 10
 
     def validate(self) -> None:
         """Raises an InputError for a field that makes no sense."""
-        for field in ("steps", "batch", "save_every", "log_every"):
+        for field in ("steps", "batch", "save_every", "log_every", "accumulate"):
             if getattr(self, field) < 1:
                 raise InputError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
+        for field, choices in (("compute", ("float32", "bfloat16")), ("shard", ("replicated", "fsdp"))):
+            word = getattr(self, field)
+            if word not in choices:
+                hint = did_you_mean(word, choices)
+                raise InputError(f"--{field} must be {' or '.join(choices)}, got {word!r}{hint}")
+        if self.bad_steps < 0:
+            raise InputError(f"--bad-steps must be at least 0, got {self.bad_steps}")
 
     def divisions(self) -> list[tuple[str, str, int]]:
         """Returns what a mesh axis has to divide: `(axis, field, value)`."""
         return [("data", "batch", self.batch)]
 
+    def accumulated(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """Returns the optimiser, updating once every `accumulate` steps with the mean of their gradients."""
+        import optax
+
+        if self.accumulate == 1:
+            return optimizer
+        return optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+
+    def computed(self, net: Layer | StatefulLayer) -> Layer | StatefulLayer:
+        """Returns the network, computing in the dtype that `compute` names."""
+        from jaxlab import nn
+
+        return net if self.compute == "float32" else nn.with_compute_dtype(net, self.compute)
+
     def learner(self, num_classes: int, steps: int) -> Learner:
         """Returns the learner of this recipe."""
         raise TypeError(f"recipe {self.name} builds no learner")
+
+    def prepared(self) -> Recipe:
+        """Returns the recipe with its data made, where it makes its own."""
+        return self
+
+    def report(self, run_dir: Path, evaluation: dict[str, Any]) -> list[str]:
+        """Returns what a finished run says, in lines; may draw into `run_dir`."""
+        accuracy = ", ".join(f"{100 * a:.1f}%" for a in evaluation["test_accuracy"])
+        together = 100 * evaluation["ensemble_accuracy"]
+        return [f"test accuracy of the peers: {accuracy}; together {together:.1f}%"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +120,8 @@ class MutualMoE(Recipe):
         shift: largest random shift in pixels in training; 0 turns augmentation off.
         degrees: largest random rotation.
         zoom: largest random relative change of size.
+        remat: `none`, or what the backward pass computes again: `block` everything inside a block, `dots` all but the
+            matrix products.
     """
 
     name: ClassVar[str] = "mutual_moe"
@@ -100,6 +145,7 @@ class MutualMoE(Recipe):
     shift: float = 1.0
     degrees: float = 12.0
     zoom: float = 0.12
+    remat: str = "none"
 
     def validate(self) -> None:
         """Raises an InputError for a field that makes no sense."""
@@ -108,6 +154,8 @@ class MutualMoE(Recipe):
             raise InputError(f"--peers must be at least 1, got {self.peers}")
         if not 1 <= self.top_k <= self.experts:
             raise InputError(f"--top-k must be between 1 and --experts {self.experts}, got {self.top_k}")
+        if self.remat not in ("none", "block", "dots"):
+            raise InputError(f"--remat must be none, block or dots, got {self.remat!r}")
         if self.width % self.heads:
             raise InputError(f"--heads {self.heads} must divide --width {self.width}")
 
@@ -133,16 +181,23 @@ class MutualMoE(Recipe):
                 moe.top_k_router(self.experts, self.top_k), moe.swiglu_experts(self.experts, self.hidden)
             ),
             penalty=lambda plan: self.balance * moe.load_balancing_loss(plan),
+            remat=self.remat,
         )
+        net = self.computed(net)
         if self.shift:
             affine = functools.partial(nn.random_affine, degrees=self.degrees, scale=self.zoom, pixels=self.shift)
             net = nn.with_augmentation(net, affine)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, steps // 20), max(2, steps))
+        updates = steps // self.accumulate
+        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, updates // 20), max(2, updates))
         optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=self.weight_decay)
         )
         return mutual.deep_mutual_learning(
-            net, optimizer, num_peers=self.peers, weight=self.mutual_weight, temperature=self.temperature
+            net,
+            self.accumulated(optimizer),
+            num_peers=self.peers,
+            weight=self.mutual_weight,
+            temperature=self.temperature,
         )
 
 
@@ -238,9 +293,10 @@ class Mutual(Recipe):
 
         from jaxlab import mutual, nn
 
-        net = self.network(num_classes)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, steps // 20), max(2, steps))
-        optimizer = optax.adamw(schedule, weight_decay=self.weight_decay)
+        net = self.computed(self.network(num_classes))
+        updates = steps // self.accumulate
+        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, updates // 20), max(2, updates))
+        optimizer = self.accumulated(optax.adamw(schedule, weight_decay=self.weight_decay))
         augment = None
         if self.shift:
             augment = functools.partial(nn.random_affine, degrees=0.0, scale=0.0, pixels=self.shift)
@@ -349,3 +405,7 @@ def from_config(config: dict[str, Any]) -> Recipe:
         if name not in fields:
             raise InputError(f"config.json has the unknown field {name!r}{did_you_mean(name, fields)}")
     return recipe(**values)
+
+
+# At the end, because it builds on this module; it enters its recipe into RECIPES.
+import jaxlab.engine.recipes_mil  # noqa: E402, F401

@@ -50,10 +50,11 @@ def on_tpu(
     sizes: Array,
     *,
     transpose_rhs: bool,
+    dtype=None,
     tiles: tuple[int, int, int] = TPU_TILES,
     interpret=False,
 ) -> Array:
-    """Returns the grouped product [M, N]; arguments as in `grouped_matmul`."""
+    """Returns the grouped product [M, N] in `dtype`, by default that of `lhs`; arguments as in `grouped_matmul`."""
     rows, columns, groups = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2], rhs.shape[0]
     height, inner, width = (_block(n, t) for n, t in zip((rows, lhs.shape[1], columns), tiles, strict=True))
     lhs = _padded(lhs, height, inner)
@@ -61,7 +62,7 @@ def on_tpu(
     total_rows, depth = lhs.shape
     total_columns = rhs.shape[1 if transpose_rhs else 2]
     offsets, group, tile_of = visits(sizes, total_rows, height)
-    steps, dtype = depth // inner, compute_dtype(lhs)
+    steps, wide = depth // inner, compute_dtype(lhs)
 
     def kernel(offsets, group, tile_of, lhs_ref, rhs_ref, out_ref, total):
         visit, step = pl.program_id(1), pl.program_id(2)
@@ -75,7 +76,7 @@ def on_tpu(
         def _():
             contract = ((1,), (1,)) if transpose_rhs else ((1,), (0,))
             w = rhs_ref[...].astype(lhs_ref.dtype)
-            total[...] += jax.lax.dot_general(lhs_ref[...], w, (contract, ((), ())), preferred_element_type=dtype)
+            total[...] += jax.lax.dot_general(lhs_ref[...], w, (contract, ((), ())), preferred_element_type=wide)
 
         @pl.when(step == steps - 1)
         def _():
@@ -92,7 +93,7 @@ def on_tpu(
 
     call = pl.pallas_call(
         kernel,
-        out_shape=shape_like((total_rows, total_columns), lhs.dtype, lhs, rhs, sizes),
+        out_shape=shape_like((total_rows, total_columns), dtype or lhs.dtype, lhs, rhs, sizes),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(total_columns // width, tile_of.shape[0], steps),
@@ -101,7 +102,7 @@ def on_tpu(
                 pl.BlockSpec((None, width, inner) if transpose_rhs else (None, inner, width), of_rhs),
             ],
             out_specs=pl.BlockSpec((height, width), lambda n, v, k, offsets, group, tile_of: (tile_of[v], n)),
-            scratch_shapes=[tpu.VMEM((height, width), dtype)],
+            scratch_shapes=[tpu.VMEM((height, width), wide)],
         ),
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=_cost(lhs, rhs, total_columns),
@@ -174,15 +175,16 @@ def on_gpu(
     sizes: Array,
     *,
     transpose_rhs: bool,
+    dtype=None,
     tiles: tuple[int, int, int] = GPU_TILES,
     interpret=False,
 ) -> Array:
-    """Returns the grouped product [M, N]; arguments as in `grouped_matmul`."""
+    """Returns the grouped product [M, N] in `dtype`, by default that of `lhs`; arguments as in `grouped_matmul`."""
     rows, columns, groups = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2], rhs.shape[0]
     height, inner, width = tiles
     lhs = _padded(lhs, height, inner)
     rhs = _padded(rhs, width, inner) if transpose_rhs else _padded(rhs, inner, width)
-    total_columns, dtype = rhs.shape[1 if transpose_rhs else 2], compute_dtype(lhs)
+    total_columns, wide = rhs.shape[1 if transpose_rhs else 2], compute_dtype(lhs)
     offsets, group, tile_of = visits(sizes, lhs.shape[0], height)
     steps = lhs.shape[1] // inner
 
@@ -200,15 +202,15 @@ def on_gpu(
                 w = triton.load(rhs_ref.at[matrix, at, part]).astype(x.dtype).T
             else:
                 w = triton.load(rhs_ref.at[matrix, part, at]).astype(x.dtype)
-            return total + jnp.dot(x, w, preferred_element_type=dtype)
+            return total + jnp.dot(x, w, preferred_element_type=wide)
 
         needed = jnp.where(own < groups, jnp.int32(steps), jnp.int32(0))
-        total = jax.lax.fori_loop(jnp.int32(0), needed, add, jnp.zeros((height, width), dtype))
+        total = jax.lax.fori_loop(jnp.int32(0), needed, add, jnp.zeros((height, width), wide))
         triton.store(out_ref.at[pl.ds(tile * height, height), at], total.astype(out_ref.dtype), mask=mine)
 
     call = pl.pallas_call(
         kernel,
-        out_shape=shape_like((lhs.shape[0], total_columns), lhs.dtype, lhs, rhs, sizes),
+        out_shape=shape_like((lhs.shape[0], total_columns), dtype or lhs.dtype, lhs, rhs, sizes),
         grid=(tile_of.shape[0], total_columns // width),
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=GPU_STAGES),
         cost_estimate=_cost(lhs, rhs, total_columns),

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlab.kernels._select import choose
+from jaxlab.kernels._expert_kernels import backward, forward
+from jaxlab.kernels._grouped_pallas import FORMS
+from jaxlab.kernels._select import by_platform, choose
 from jaxlab.kernels._tiles import cascade, dot, pack, unpack
 from jaxlab.ops.collectives import match_varying
 from jaxlab.ops.masked import compute_dtype
@@ -45,7 +47,8 @@ def expert_ffn(
         weights: dict of `up` [E, d, f], `down` [E, f, d] and, for "swiglu", `gate` [E, d, f]; floating.
         plan: `RoutingPlan` of A assignments over E experts.
         activation: "swiglu", "gelu" (exact) or "relu".
-        implementation: "auto", "reference" (every expert on every token) or "xla" (only what the plan asks for).
+        implementation: "reference" (every expert on every token), "xla" (only what the plan asks for), "pallas"
+            (kernels for TPU and GPU) or "auto" (the kernels on their platforms, elsewhere "xla").
 
     Returns:
         [T, d] in the dtype of `x`.
@@ -62,13 +65,14 @@ def expert_ffn(
         >>> expert_ffn(jnp.ones((2, 1)), weights, plan, activation="relu").ravel().tolist()
         [1.0, 10.0]
     """
-    chosen = choose("expert_ffn", implementation, ("reference", "xla"))
+    chosen = choose("expert_ffn", implementation, ("reference", "xla", "pallas"))
     _check(x, weights, plan, activation)
     args = match_varying(x, dict(weights), plan.token, plan.expert, plan.weight, plan.counts)
     if 0 in (x.shape[0], plan.token.shape[0]):
         return jnp.zeros_like(args[0])
-    form = _reference if chosen == "reference" else _xla
-    return rows_mixed(functools.partial(form, activation=activation, tiles=_TILES))(*args)
+    if chosen == "reference":
+        return rows_mixed(functools.partial(_reference, activation=activation))(*args)
+    return rows_mixed(functools.partial(_sorted, activation=activation, tiles=_TILES, chosen=chosen))(*args)
 
 
 def _check(x, weights, plan, activation) -> None:
@@ -96,10 +100,9 @@ def _inputs(activation: str) -> tuple[str, ...]:
     return ("gate", "up") if activation == "swiglu" else ("up",)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "tiles"))
-def _reference(x, weights, token, expert, weight, counts, *, activation, tiles):
+@functools.partial(jax.jit, static_argnames=("activation",))
+def _reference(x, weights, token, expert, weight, counts, *, activation):
     """Every expert on every token, combined by a dense matrix [T, E]."""
-    del tiles
     dtype, experts = compute_dtype(x), counts.shape[0]
     empty = match_varying(jnp.zeros((x.shape[0], experts), dtype), x)[0]
     combine = empty.at[token, expert].add(weight.astype(dtype), mode="drop")
@@ -113,20 +116,18 @@ def _reference(x, weights, token, expert, weight, counts, *, activation, tiles):
     return jnp.where(used, y, 0.0).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "tiles"))
-def _xla(x, weights, token, expert, weight, counts, *, activation, tiles):
-    """The sorted assignments in tiles, expert by expert."""
+@functools.partial(jax.jit, static_argnames=("activation", "tiles", "chosen"))
+def _sorted(x, weights, token, expert, weight, counts, *, activation, tiles, chosen):
+    """The sorted assignments, expert by expert."""
     del expert
     rows = token.shape[0]
     tiles = tuple(size for size in tiles if size <= rows) or (rows,)
-    return _grouped((activation, tiles), x, weights, token, weight, counts)
+    return _grouped((activation, tiles, chosen), x, weights, token, weight, counts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(static, x, weights, token, weight, counts):
-    # Under vmap the loops' trip counts would become those of the longest member, and their slices gathers.
-    run = jax.custom_batching.sequential_vmap(functools.partial(_forward, static))
-    return run(x, weights, token, weight, counts)
+def _grouped(static, *args):
+    return _on_platform(static, _forward, lambda product, outer, *rest: forward(product, *rest))(*args)
 
 
 def _grouped_forward(static, *args):
@@ -134,12 +135,21 @@ def _grouped_forward(static, *args):
 
 
 def _grouped_backward(static, saved, dy):
-    run = jax.custom_batching.sequential_vmap(functools.partial(_backward, static))
-    dx, d_weights, d_weight = run(*saved, dy)
+    dx, d_weights, d_weight = _on_platform(static, _backward, backward)(*saved, dy)
     return dx, d_weights, None, d_weight, None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _on_platform(static, xla, kernels):
+    activation, tiles, chosen = static
+    described = _ACTIVATIONS[activation], _inputs(activation)
+    forms = {name: functools.partial(kernels, *form, *described) for name, form in FORMS.items()}
+    # Under vmap the loops' trip counts would become those of the longest member, and their slices gathers.
+    return jax.custom_batching.sequential_vmap(
+        by_platform(chosen, functools.partial(xla, (activation, tiles)), **forms)
+    )
 
 
 def _forward(static, x, weights, token, weight, counts):

@@ -1,8 +1,14 @@
 """Multiple-instance learning: one label for a bag of instances.
 
-Bags come padded (`x [B, N, D]`, `where [B, N]`) or ragged (`x [T, D]`, `segment_ids [T]`, `num_segments`); both give
-the same numbers. Start with `abmil`, inside `with_encoder` if the features are raw, and `bag_auc`. Where a bag must be
-positive exactly if one of its instances is, `mi_net` cannot learn anything else.
+Bags come padded (`x [B, N, D]`, `where [B, N]`) or ragged (`x [T, D]`, `segment_ids [T]`, `num_segments`); every bag
+model takes both and gives the same numbers. Padding changes nothing, wherever it stands. The order of the instances
+never matters, except to `r2t` and `mamba_mil`, for which it is the place on the slide. An empty bag has the pooled
+vector 0, hence the head's bias as logits (`transmil`: what the class token alone gives). `ins` classifies instances:
+`max_pool` of its probabilities scores bags, in either layout.
+
+Start with `abmil`, inside `with_encoder` if the features are raw, and `bag_auc`; a list of bags of very different sizes
+needs memory for its instances alone (`jaxlab bench mil`). `jaxlab train mil --model NAME` trains any of them on bags of
+real pictures and draws what it attends to.
 """
 
 from jaxlab.mil.aggregate_responses import (
@@ -35,6 +41,14 @@ from jaxlab.mil.ins import (
     partial_supcon_loss,
     phi_schedule,
     prototype_update,
+)
+from jaxlab.mil.mamba_mil import (
+    inverse_reorder,
+    mamba_mil,
+    nll_survival_loss,
+    reorder,
+    sr_mamba,
+    survival_outputs,
 )
 from jaxlab.mil.metrics import bag_auc
 from jaxlab.mil.mhim import (
@@ -107,11 +121,13 @@ __all__ = [
     "instance_encoder",
     "instance_loss",
     "interpolated_loss",
+    "inverse_reorder",
     "linear_interpolated_estimator",
     "make_false_frequency",
     "make_multi_concept",
     "make_sets",
     "make_single_concept",
+    "mamba_mil",
     "max_mil",
     "max_pool",
     "mean_mil",
@@ -124,6 +140,7 @@ __all__ = [
     "mi_net_multi",
     "moco_loss",
     "monotonicity_violation",
+    "nll_survival_loss",
     "optimal_bag_size",
     "partial_labels",
     "partial_supcon_loss",
@@ -136,9 +153,12 @@ __all__ = [
     "recycle_split",
     "region_partition",
     "region_reverse",
+    "reorder",
     "run_unit_test",
     "select_mask",
     "set_supcon_loss",
+    "sr_mamba",
+    "survival_outputs",
     "transmil",
     "update_query",
     "with_encoder",

@@ -65,7 +65,8 @@ def interpolated_loss(
         ValueError: shapes do not fit or an option is unknown.
 
     Example:
-        >>> float(interpolated_loss(jnp.array([[0.0, 2.0]]), jnp.array([1.0]), rho=0.5))
+        >>> loss = jax.jit(lambda f, y: interpolated_loss(f, y, rho=0.5))
+        >>> float(loss(jnp.array([[0.0, 2.0]]), jnp.array([1.0])))
         0.5
 
     Source:
@@ -97,7 +98,7 @@ def bag_loss(predictions: Array, responses: Array, **options) -> Array:
         ValueError: shapes do not fit or an option is unknown.
 
     Example:
-        >>> float(bag_loss(jnp.array([[0.0, 2.0]]), jnp.array([1.0])))
+        >>> float(jax.jit(bag_loss)(jnp.array([[0.0, 2.0]]), jnp.array([1.0])))
         0.0
 
     Source:
@@ -121,7 +122,7 @@ def instance_loss(predictions: Array, responses: Array, **options) -> Array:
         ValueError: shapes do not fit or an option is unknown.
 
     Example:
-        >>> float(instance_loss(jnp.array([[0.0, 2.0]]), jnp.array([1.0])))
+        >>> float(jax.jit(instance_loss)(jnp.array([[0.0, 2.0]]), jnp.array([1.0])))
         1.0
 
     Source:
@@ -156,7 +157,7 @@ def within_bag_variance(
         ValueError: shapes do not fit or an option is unknown.
 
     Example:
-        >>> float(within_bag_variance(jnp.array([[0.0, 2.0]])))
+        >>> float(jax.jit(within_bag_variance)(jnp.array([[0.0, 2.0]])))
         1.0
 
     Source:
@@ -203,7 +204,8 @@ def linear_interpolated_estimator(
 
     Example:
         >>> x = jnp.array([[[1.0], [3.0]], [[0.0], [2.0]]])
-        >>> linear_interpolated_estimator(x, jnp.array([4.0, 2.0]), rho=0.0).round(3).tolist()
+        >>> fit = jax.jit(lambda x, y: linear_interpolated_estimator(x, y, rho=0.0))
+        >>> fit(x, jnp.array([4.0, 2.0])).round(3).tolist()
         [2.0]
 
     Source:
@@ -297,7 +299,8 @@ def dp_aggregate(
         ValueError: shapes do not fit, `epsilon` or `clip` is not positive.
 
     Example:
-        >>> dp_aggregate(jax.random.key(0), jnp.array([[1.0, 9.0]]), epsilon=1e6, clip=3.0).round(2).tolist()
+        >>> mean = jax.jit(lambda key, y: dp_aggregate(key, y, epsilon=1e6, clip=3.0))
+        >>> mean(jax.random.key(0), jnp.array([[1.0, 9.0]])).round(2).tolist()
         [2.0]
 
     Source:
@@ -355,7 +358,8 @@ def optimal_bag_size(
 
     Example:
         >>> options = {"signal": 1.0, "noise_variance": 1.0, "clip": 3.0, "sizes": [1, 2, 4, 8]}
-        >>> [int(optimal_bag_size(5000, 50, epsilon=e, **options)[0]) for e in (0.5, 1e6)]
+        >>> best = jax.jit(lambda: [optimal_bag_size(5000, 50, epsilon=e, **options)[0] for e in (0.5, 1e6)])
+        >>> [int(size) for size in best()]
         [4, 1]
 
     Source:
@@ -393,7 +397,7 @@ def random_bags(key: Array, num_examples: int, bag_size: int) -> Array:
         ValueError: `bag_size` is not between 1 and `num_examples`.
 
     Example:
-        >>> sorted(random_bags(jax.random.key(0), 5, 2).tolist())
+        >>> sorted(jax.jit(lambda key: random_bags(key, 5, 2))(jax.random.key(0)).tolist())
         [-1, 0, 0, 1, 1]
     """
     if not 1 <= bag_size <= num_examples:

@@ -96,9 +96,10 @@ def ins(
         >>> learner = ins(mlp([8]), optax.sgd(0.1), num_instances=6, warmup_steps=1, total_steps=9, queue_size=16)
         >>> x = jnp.ones((6, 4))
         >>> batch = {"x": x, "x_strong": x, "y": jnp.array([0, 0, 0, 1, 1, 1]), "index": jnp.arange(6)}
-        >>> state, metrics = learner.update(learner.init(jax.random.key(0), batch), batch, jax.random.key(1))
-        >>> state.net_state["confidence"][0].tolist()
-        [1.0, 0.0]
+        >>> step = lambda key: learner.update(learner.init(key, batch), batch, key)
+        >>> state, metrics = jax.eval_shape(step, jax.random.key(0))
+        >>> state.net_state["confidence"].shape, sorted(metrics)
+        ((6, 2), ['bag', 'classification', 'contrastive', 'loss'])
 
     Source:
         Qu et al., arXiv 2307.02249; code miccaiif/INS (defaults; SGD 0.01, momentum 0.9, decay 1e-3, batches of 64).
@@ -218,7 +219,7 @@ def partial_labels(bag_labels: Array) -> Array:
         ValueError: `bag_labels` is not [N].
 
     Example:
-        >>> partial_labels(jnp.array([0, 1])).tolist()
+        >>> jax.jit(partial_labels)(jnp.array([0, 1])).tolist()
         [[1.0, 0.0], [1.0, 1.0]]
     """
     if bag_labels.ndim != 1:
@@ -245,7 +246,7 @@ def confidence_update(confidence: Array, probs: Array, candidates: Array, *, dec
     Example:
         >>> half = jnp.array([[0.5, 0.5], [1.0, 0.0]])
         >>> probs = jnp.array([[0.2, 0.8], [0.2, 0.8]])
-        >>> confidence_update(half, probs, jnp.array([[1.0, 1.0], [1.0, 0.0]]), decay=0.5).tolist()
+        >>> jax.jit(confidence_update)(half, probs, jnp.array([[1.0, 1.0], [1.0, 0.0]]), decay=0.5).tolist()
         [[0.25, 0.75], [1.0, 0.0]]
 
     Source:
@@ -291,7 +292,7 @@ def prototype_update(
         ValueError: shapes do not fit or `decay` is out of range.
 
     Example:
-        >>> new = prototype_update(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0]]), jnp.array([1]))
+        >>> new = jax.jit(prototype_update)(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0]]), jnp.array([1]))
         >>> [[round(p, 2) for p in row] for row in new.tolist()]
         [[0.0, 0.0], [0.6, 0.8]]
 
@@ -348,8 +349,8 @@ def partial_supcon_loss(
 
     Example:
         >>> z, labels = jnp.eye(4)[:2], jnp.array([0, 1])
-        >>> good = partial_supcon_loss(z, z, labels, z, labels)
-        >>> float(good) < float(partial_supcon_loss(z, z, labels, z, labels[::-1]))
+        >>> loss = jax.jit(partial_supcon_loss)
+        >>> float(loss(z, z, labels, z, labels)) < float(loss(z, z, labels, z, jnp.array([1, 0])))
         True
 
     Source:
@@ -402,8 +403,9 @@ def moco_loss(
         ValueError: shapes do not fit or an option is out of range.
 
     Example:
-        >>> z = jnp.eye(4)
-        >>> float(moco_loss(z[:1], z[:1], z[1:])) < float(moco_loss(z[:1], z[1:2], z[1:]))
+        >>> q, other, queue = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[0.0, 2.0]])
+        >>> loss = jax.jit(moco_loss)
+        >>> float(loss(q, q, queue)) < float(loss(q, other, queue))
         True
 
     Source:
@@ -439,7 +441,8 @@ def phi_schedule(step: Array | int, total: int, *, start: float = 0.95, end: flo
         ValueError: `total` is below 1.
 
     Example:
-        >>> [round(float(phi_schedule(i, 4)), 2) for i in range(4)]
+        >>> phi = jax.jit(lambda step: phi_schedule(step, 4))
+        >>> [round(float(phi(i)), 2) for i in range(4)]
         [0.95, 0.9, 0.85, 0.8]
 
     Source:

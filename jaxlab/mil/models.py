@@ -52,8 +52,9 @@ def abmil(
 
     Example:
         >>> model = abmil(2)
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["logits"].shape
-        (4, 2)
+        >>> params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), 3)
+        >>> jax.jit(model.apply)(params, jnp.ones((4, 5, 3)))["attention"][0].round(2).tolist()
+        [0.2, 0.2, 0.2, 0.2, 0.2]
 
     Source:
         Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, arXiv 1802.04712, eqs. 7 to 9 (no
@@ -73,8 +74,7 @@ def abmil(
         inner = activation(to_hidden.apply(params["hidden"], x))
         if gated:
             inner = inner * jax.nn.sigmoid(to_hidden.apply(params["gate"], x))
-        weights = bags.softmax(to_score.apply(params["score"], inner)[..., 0])
-        pooled = bags.weigh(x, weights).astype(x.dtype)
+        pooled, weights = bags.pool(x, to_score.apply(params["score"], inner)[..., 0])
         return {"logits": head.apply(params["head"], pooled), "embedding": pooled, "attention": weights}
 
     return bag_model(init, run)
@@ -94,7 +94,8 @@ def mean_mil(num_classes: int) -> Layer:
 
     Example:
         >>> model = mean_mil(2)
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["logits"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0))
+        >>> out["logits"].shape
         (4, 2)
     """
     return _pooled_then_head(num_classes, lambda bags, x: bags.mean(x).astype(x.dtype))
@@ -114,7 +115,8 @@ def max_mil(num_classes: int) -> Layer:
 
     Example:
         >>> model = max_mil(2)
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["logits"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0))
+        >>> out["logits"].shape
         (4, 2)
 
     Source:
@@ -140,7 +142,8 @@ def mi_net(num_classes: int) -> Layer:
 
     Example:
         >>> model = mi_net(1)
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["instance_logits"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0))
+        >>> out["instance_logits"].shape
         (4, 5, 1)
 
     Source:
@@ -177,7 +180,8 @@ def dsmil(num_classes: int, *, hidden: int = 128) -> Layer:
 
     Example:
         >>> model = dsmil(2)
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["embedding"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0))
+        >>> out["embedding"].shape
         (4, 6)
 
     Source:
@@ -201,19 +205,25 @@ def dsmil(num_classes: int, *, hidden: int = 128) -> Layer:
         scores, bias = _linear_and_bias(params["instance"], x)
         largest = bags.max(scores)
         query = jnp.tanh(outer.apply(params["outer"], jax.nn.relu(inner.apply(params["inner"], x))))
-        best = ((scores == bags.spread(largest)) & bags.keep[..., None]).astype(compute_dtype(x))
-        ties = bags.sum(best)
-        critical = bags.weigh(query, jax.lax.stop_gradient(best)) / jnp.maximum(ties, 1)[..., None]  # [B, C, hidden]
-        similar = jnp.einsum("...h,...ch->...c", query.astype(critical.dtype), bags.spread(critical))
-        weights = bags.softmax(similar * hidden**-0.5)
-        pooled = bags.weigh(x, weights).astype(x.dtype).reshape(bags.size, -1)
+        best = (scores == bags.spread(largest)) & bags.keep[..., None]
+        # A softmax that is even over the critical instances and 0 elsewhere: their mean, [B, C, hidden].
+        wide = compute_dtype(x)
+        critical, _ = bags.pool(query.astype(wide), jnp.where(best, 0.0, -1e30).astype(wide))
+        if bags.segment_ids is None:
+            similar = jnp.einsum("bnh,bch->bnc", query.astype(wide), critical)
+        else:  # class by class, since a critical instance for each of a list would be copies of C times its queries
+            similar = jnp.stack(
+                [jnp.sum(query.astype(wide) * bags.spread(critical[:, c]), axis=1) for c in range(num_classes)], axis=1
+            )
+        pooled, weights = bags.pool(x, similar * hidden**-0.5)
+        pooled = pooled.reshape(bags.size, -1)
         max_logits, bag_logits = largest + bias[None], head.apply(params["head"], pooled)
         return {
             "logits": (max_logits + bag_logits) / 2,
             "max_logits": max_logits,
             "bag_logits": bag_logits,
             "embedding": pooled,
-            "attention": weights.astype(x.dtype),
+            "attention": weights,
             "instance_logits": _add_last(scores, bias),
         }
 
@@ -243,7 +253,8 @@ def transmil(num_classes: int, *, depth: int = 2, heads: int = 8) -> Layer:
 
     Example:
         >>> model = transmil(2, heads=2)
-        >>> model.apply(model.init(jax.random.key(0), 4), jnp.ones((3, 5, 4)))["attention"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 4), jnp.ones((3, 5, 4))), jax.random.key(0))
+        >>> out["attention"].shape
         (3, 5, 2)
 
     Source:
@@ -308,7 +319,8 @@ def hopfield_mil(num_classes: int, *, hidden: int = 128, beta: float | None = No
 
     Example:
         >>> model = hopfield_mil(2)
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["embedding"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0))
+        >>> out["embedding"].shape
         (4, 128)
 
     Source:
@@ -335,9 +347,8 @@ def hopfield_mil(num_classes: int, *, hidden: int = 128, beta: float | None = No
         state = jnp.broadcast_to(params["query"].astype(x.dtype)[None], (bags.size, hidden))
         for step in range(steps):
             scores = jnp.einsum("...d,...d->...", keys, bags.spread(state), preferred_element_type=compute_dtype(x))
-            weights = bags.softmax(scale * scores)
-            state = bags.weigh(keys if step + 1 < steps else values, weights).astype(x.dtype)
-        return {"logits": head.apply(params["head"], state), "embedding": state, "attention": weights.astype(x.dtype)}
+            state, weights = bags.pool(keys if step + 1 < steps else values, scale * scores)
+        return {"logits": head.apply(params["head"], state), "embedding": state, "attention": weights}
 
     return bag_model(init, run)
 
@@ -358,7 +369,8 @@ def with_encoder(encoder: Layer, model: Layer) -> Layer:
     Example:
         >>> from jaxlab.ops.layers import mlp
         >>> model = with_encoder(mlp([8, 4]), abmil(2))
-        >>> model.apply(model.init(jax.random.key(0), 3), jnp.ones((4, 5, 3)))["embedding"].shape
+        >>> out = jax.eval_shape(lambda key: model.apply(model.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0))
+        >>> out["embedding"].shape
         (4, 4)
     """
 
@@ -397,7 +409,7 @@ def instance_encoder(
 
     Example:
         >>> layer = instance_encoder(8)
-        >>> layer.apply(layer.init(jax.random.key(0), 3), jnp.ones((4, 5, 3))).shape
+        >>> jax.eval_shape(lambda key: layer.apply(layer.init(key, 3), jnp.ones((4, 5, 3))), jax.random.key(0)).shape
         (4, 5, 8)
 
     Source:

@@ -5,7 +5,8 @@ order, -1 = padding) and `num_segments` = B. Every model of the family takes eit
 
     sum, mean, max, softmax over the instances of each bag;   an empty bag gives 0 (and softmax weights of nothing)
 
-Both layouts are written out in `Bags` and nowhere else, so that a faster kernel has one place to go.
+Both layouts are written out in `Bags` and nowhere else. Attention over a list is `kernels.attention_pool`, which makes
+no weighted copy of the values: memory is that of the list.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxlab import kernels
 from jaxlab.ops.masked import compute_dtype, masked_softmax, safe_divide, zero_where_false
 from jaxlab.ops.sharding import rows_mixed
 
@@ -158,7 +160,20 @@ class Bags:
 
     def attend(self, values: Array, scores: Array) -> Array:
         """Returns [B, D] (or [B, K, D] for scores of K heads), each bag's average under the softmax of the scores."""
-        return self.weigh(values, self.softmax(scores.astype(compute_dtype(values, scores)))).astype(values.dtype)
+        return self.pool(values, scores)[0]
+
+    def pool(self, values: Array, scores: Array) -> tuple[Array, Array]:
+        """Returns each bag's average under the softmax of the scores, and this softmax, both in the dtype of `values`.
+
+        [B, D] and weights like `scores`; for scores with an axis of K heads [B, K, D].
+        """
+        scores = scores.astype(compute_dtype(values, scores))
+        if self.segment_ids is None:
+            weights = self.softmax(scores)
+            pooled = self.weigh(values, weights).astype(values.dtype)
+        else:
+            pooled, weights = kernels.attention_pool(values, scores, self.segment_ids, self.size, return_weights=True)
+        return pooled, weights.astype(values.dtype)
 
     def weigh(self, values: Array, weights: Array) -> Array:
         """Returns [B, D] (or [B, K, D]), the sum over each bag of weight times value, in the dtype of accumulation."""

@@ -74,7 +74,7 @@ def r2t(
 
     Example:
         >>> layer = r2t(regions=2, heads=2, taps=3, cross_regions=2, cross_heads=2)
-        >>> layer.apply(layer.init(jax.random.key(0), 4), jnp.ones((1, 10, 4))).shape
+        >>> jax.eval_shape(lambda key: layer.apply(layer.init(key, 4), jnp.ones((1, 10, 4))), jax.random.key(0)).shape
         (1, 10, 4)
 
     Source:
@@ -163,7 +163,7 @@ def region_partition(x: Array, regions: int) -> Array:
         ValueError: `regions` does not divide a side.
 
     Example:
-        >>> region_partition(jnp.arange(16).reshape(4, 4, 1), 2)[0, :, 0].tolist()
+        >>> jax.jit(lambda x: region_partition(x.reshape(4, 4, 1), 2)[0, :, 0])(jnp.arange(16)).tolist()
         [0, 1, 4, 5]
 
     Source:
@@ -192,9 +192,9 @@ def region_reverse(x: Array, height: int, width: int) -> Array:
         ValueError: the sizes do not fit.
 
     Example:
-        >>> image = jnp.arange(16).reshape(4, 4, 1)
-        >>> bool((region_reverse(region_partition(image, 2), 4, 4) == image).all())
-        True
+        >>> back = jax.jit(lambda x: region_reverse(region_partition(x.reshape(4, 4, 1), 2), 4, 4)[0, :, 0])
+        >>> back(jnp.arange(16)).tolist()
+        [0, 1, 2, 3]
 
     Source:
         Code DearCaat/RRT-MIL, `region_reverse`.

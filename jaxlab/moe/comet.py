@@ -64,10 +64,9 @@ def comet_gate(
 
     Example:
         >>> router = comet_gate(5, 2)
-        >>> params = router.init(jax.random.key(0), 8)
-        >>> x = jax.random.normal(jax.random.key(1), (3, 8))
-        >>> soft, hard = router.apply(params, x), router.apply(params, 1e6 * x)
-        >>> int(soft.counts.sum()), int(hard.counts.sum()) <= 6
+        >>> plan = jax.jit(lambda key, x: router.apply(router.init(key, 8), x))
+        >>> soft, hard = (plan(jax.random.key(0), jnp.full((3, 8), size)) for size in (1.0, 1e6))
+        >>> sum(soft.counts.tolist()), sum(hard.counts.tolist()) <= 6
         (15, True)
 
     Source:

@@ -2,80 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 
-from jaxlab.kernels.expert_ffn import expert_ffn
+from jaxlab.moe.dispatch import Dispatch, dropless
+from jaxlab.moe.experts import Experts
 from jaxlab.ops.masked import zero_where_false
-from jaxlab.types import Array, Layer, RoutingPlan, StatefulLayer, as_stateful
-
-Dispatch = Callable[["Experts", Any, Array, RoutingPlan], Array]
-
-
-class Experts(NamedTuple):
-    """E experts as one set of stacked parameters.
-
-    Attributes:
-        num_experts: E.
-        init: `params = init(key, d)`, every leaf with a leading axis E.
-        apply: `y [T, d] = apply(params, x [T, d], plan)`, the weighted sum over a plan's assignments.
-    """
-
-    num_experts: int
-    init: Callable[..., Any]
-    apply: Callable[..., Array]
-
-
-def swiglu_experts(num_experts: int, hidden: int, *, implementation: str = "auto") -> Experts:
-    """Returns experts `f_e(x) = (silu(x gate_e) * (x up_e)) down_e`.
-
-    Args:
-        num_experts: E.
-        hidden: width of the hidden layer of one expert.
-        implementation: as in `kernels.expert_ffn`.
-    """
-
-    def init(key, size):
-        key_gate, key_up, key_down = jax.random.split(key, 3)
-        return {
-            "gate": jax.random.normal(key_gate, (num_experts, size, hidden)) * size**-0.5,
-            "up": jax.random.normal(key_up, (num_experts, size, hidden)) * size**-0.5,
-            "down": jax.random.normal(key_down, (num_experts, hidden, size)) * hidden**-0.5,
-        }
-
-    def apply(params, x, plan):
-        return expert_ffn(x, params, plan, activation="swiglu", implementation=implementation)
-
-    return Experts(num_experts, init, apply)
-
-
-def dropless() -> Dispatch:
-    """Returns the dispatch that computes every assignment of the plan and drops none."""
-    return lambda experts, params, x, plan: experts.apply(params, x, plan)
+from jaxlab.types import Layer, StatefulLayer, as_stateful
 
 
 def moe_layer(
-    router: Layer | StatefulLayer, experts: Experts, *, dispatch: Dispatch | None = None, shared: Layer | None = None
+    router: Layer | StatefulLayer,
+    experts: Experts,
+    *,
+    dispatch: Dispatch | None = None,
+    shared: Layer | None = None,
+    axis_name: str | None = None,
 ) -> Layer | StatefulLayer:
     """Returns a mixture-of-experts layer: the router makes a plan, the dispatch carries it out.
 
+    With `axis_name` the layer is for use inside a map over that axis, of n devices: tokens are spread over them, so are
+    the experts (each device holds E / n of them, in order), while the router and the shared experts are on all. `init`
+    gives all E experts; the map's specification spreads them.
+
     Args:
-        router: `Layer` or `StatefulLayer` whose `apply` gives a `RoutingPlan`.
+        router: `Layer` or `StatefulLayer` whose `apply` gives a `RoutingPlan` or a `SlotPlan`.
         experts: what the plan's assignments go to.
         dispatch: how they get there; default `dropless()`.
         shared: layer d -> d that sees every token and is added (shared experts).
+        axis_name: mapped axis over which experts and tokens are spread (expert parallelism).
 
     Returns:
         A `Layer`: `init(key, d)`, `apply(params, x [T, d], key=None, train=False, ...)` gives `(y [T, d], plan)`; with
         a stateful router a `StatefulLayer`: `init` gives parameters and state, `apply(params, state, x, ...)` gives
-        `((y, plan), state)`. Further keywords (`where`, `ids`) go to the router.
+        `((y, plan), state)`. Further keywords (`where`, `ids`) go to the router. The plan is the router's, with weight
+        0 for what the dispatch dropped.
 
     Example:
         >>> from jaxlab import moe
         >>> layer = moe.moe_layer(moe.top_k_router(4, 2), moe.swiglu_experts(4, hidden=8))
-        >>> y, plan = layer.apply(layer.init(jax.random.key(0), 6), jax.numpy.ones((5, 6)))
+        >>> run = jax.jit(lambda key, x: layer.apply(layer.init(key, 6), x))
+        >>> y, plan = run(jax.random.key(0), jax.numpy.ones((5, 6)))
         >>> y.shape
         (5, 6)
     """
@@ -94,7 +60,7 @@ def moe_layer(
         plan, state = routing.apply(params["router"], state, x, key=key, train=train, **inputs)
         if plan.num_experts != experts.num_experts:
             raise ValueError(f"router has {plan.num_experts} experts, but experts has {experts.num_experts}")
-        y = dispatch(experts, params["experts"], x, plan)
+        y, plan = dispatch(experts, params["experts"], x, plan, axis_name=axis_name)
         if shared is not None:
             # A masked token that holds NaN must not reach the gradient of the shared weights.
             y = y + shared.apply(params["shared"], zero_where_false(x, inputs.get("where")))
@@ -103,10 +69,7 @@ def moe_layer(
     if isinstance(router, StatefulLayer):
         return StatefulLayer(init_both, apply_both)
 
-    def init(key, size):
-        return init_both(key, size)[0]
-
     def apply(params, x, *, key=None, train=False, **inputs):
         return apply_both(params, {}, x, key=key, train=train, **inputs)[0]
 
-    return Layer(init, apply)
+    return Layer(lambda key, size: init_both(key, size)[0], apply)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlab.kernels.top_k_routing import plan_from_top_k, top_k_routing
-from jaxlab.moe.layer import Dispatch
+from jaxlab.moe.dispatch import Dispatch
 from jaxlab.moe.plans import plan_from_ids
 from jaxlab.ops.collectives import all_sum, match_varying
 from jaxlab.ops.masked import compute_dtype, safe_divide, zero_where_false
@@ -63,9 +63,8 @@ def moge_router(
 
     Example:
         >>> router = moge_router(8, 4, groups=4)
-        >>> x = jax.random.normal(jax.random.key(1), (5, 16))
-        >>> plan = router.apply(router.init(jax.random.key(0), 16), x)
-        >>> plan.counts.reshape(4, 2).sum(1).tolist()
+        >>> plan = jax.jit(lambda key: router.apply(router.init(key, 16), jnp.ones((5, 16))))(jax.random.key(0))
+        >>> [sum(plan.counts[i : i + 2].tolist()) for i in (0, 2, 4, 6)]
         [5, 5, 5, 5]
 
     Source:
@@ -121,7 +120,7 @@ def voted_experts(scores: Array, *, groups: int, num_voted: int, where: Array | 
 
     Example:
         >>> scores = jnp.array([[0.1, 0.2, 0.9, 0.3], [0.5, 0.2, 0.1, 0.0]])
-        >>> voted_experts(scores, groups=2, num_voted=1).tolist()
+        >>> jax.jit(lambda s: voted_experts(s, groups=2, num_voted=1))(scores).tolist()
         [True, False, True, False]
 
     Source:
@@ -157,7 +156,8 @@ def imbalance_score(
 
     Example:
         >>> from jaxlab.moe import plan_from_weights
-        >>> float(imbalance_score(plan_from_weights(jnp.array([[1.0, 1.0], [1.0, 0.0]])), num_devices=2))
+        >>> score = jax.jit(lambda w: imbalance_score(plan_from_weights(w), num_devices=2))
+        >>> float(score(jnp.array([[1.0, 1.0], [1.0, 0.0]])))
         0.5
 
     Source:
@@ -171,40 +171,37 @@ def imbalance_score(
     return safe_divide((jnp.max(counts) - jnp.min(counts)).astype(jnp.float32), tokens)
 
 
-def group_dispatch(axis_name: str) -> Dispatch:
-    """Returns the dispatch of `moe_layer` that has one group of experts on each device of a mapped axis.
+def group_dispatch() -> Dispatch:
+    """Returns the dispatch of `moe_layer` that has one group of experts on each device of the layer's `axis_name`.
 
-    For use inside a map over `axis_name` of size M: tokens are spread over the devices, as are the experts (each holds
-    the E / M of its group), the router is replicated. T k / M rows go to each device for any input, so that both
-    exchanges have equal, unpadded splits.
-
-    Args:
-        axis_name: mapped axis of M devices; the router's `groups` must be M.
+    The axis has M devices, as many as the router has `groups`. T k / M rows go to each device for any input, so that
+    both exchanges have equal, unpadded splits.
 
     Returns:
         A `Dispatch`.
 
     Raises:
-        ValueError: when called, the assignments do not divide among the devices.
+        ValueError: when called, there is no `axis_name`, or the assignments do not divide among the devices.
 
     Example:
         >>> from jaxlab import moe
-        >>> layer = moe.moe_layer(moe.moge_router(4, 2, groups=2), moe.swiglu_experts(4, 8), dispatch=moe.dropless())
-        >>> spread = moe.moe_layer(moe.moge_router(4, 2, groups=2), moe.swiglu_experts(4, 8),
-        ...                        dispatch=moe.group_dispatch("expert"))
-        >>> params = layer.init(jax.random.key(0), 6)
-        >>> x = jax.random.normal(jax.random.key(1), (2, 3, 6))
-        >>> halves = {"router": None, "experts": 0}
-        >>> local = {**params, "experts": jax.tree.map(lambda w: w.reshape(2, 2, *w.shape[1:]), params["experts"])}
-        >>> y, _ = jax.vmap(spread.apply, in_axes=(halves, 0), axis_name="expert")(local, x)
-        >>> bool(jnp.allclose(y.reshape(6, 6), layer.apply(params, x.reshape(6, 6))[0], atol=1e-6))
-        True
+        >>> layer = moe.moe_layer(moe.moge_router(4, 2, groups=2), moe.swiglu_experts(4, 8),
+        ...                       dispatch=moe.group_dispatch(), axis_name="expert")
+        >>> def on_two_devices(key, x):
+        ...     params = layer.init(key, 6)
+        ...     params["experts"] = jax.tree.map(lambda w: w.reshape(2, 2, *w.shape[1:]), params["experts"])
+        ...     halves = {"router": None, "experts": 0}
+        ...     return jax.vmap(layer.apply, in_axes=(halves, 0), axis_name="expert")(params, x)[0]
+        >>> jax.eval_shape(on_two_devices, jax.random.key(0), jnp.ones((2, 3, 6))).shape
+        (2, 3, 6)
 
     Source:
         Tang et al., arXiv 2505.21411, section 2.2.
     """
 
-    def dispatch(experts, params, x, plan):
+    def dispatch(experts, params, x, plan, *, axis_name=None):
+        if axis_name is None:
+            raise ValueError("axis_name is needed: group_dispatch spreads the groups over a mapped axis")
         devices = jax.lax.axis_size(axis_name)
         assignments, local = plan.token.shape[0], plan.num_experts // devices
         if assignments % devices or plan.num_experts % devices:
@@ -228,7 +225,7 @@ def group_dispatch(axis_name: str) -> Dispatch:
         y = exchange(experts.apply(params, flat, here).reshape(arrived.shape))
         weight = jnp.where(real, plan.weight[place], 0.0)
         total = match_varying(jnp.zeros(x.shape, weight.dtype), y)[0]
-        return total.at[token].add(weight[:, :, None] * y.astype(weight.dtype)).astype(x.dtype)
+        return total.at[token].add(weight[:, :, None] * y.astype(weight.dtype)).astype(x.dtype), plan
 
     return dispatch
 

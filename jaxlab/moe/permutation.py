@@ -58,10 +58,13 @@ def permutation_search(
     Example:
         >>> from jaxlab import moe
         >>> router = permutation_search(moe.comet_gate(4, 2), 4, steps=100)
-        >>> params, state = router.init(jax.random.key(0), 8)
-        >>> plan, _ = router.apply(params, state, jnp.ones((3, 8)), train=True)
-        >>> int(update_permutations(params, state)["step"])
-        1
+        >>> def first_step(key):
+        ...     params, state = router.init(key, 2)
+        ...     plan, _ = router.apply(params, state, jnp.ones((3, 2)), train=True)
+        ...     return plan.scores, update_permutations(params, state)
+        >>> scores, state = jax.eval_shape(first_step, jax.random.key(0))
+        >>> scores.shape, sorted(state)
+        ((3, 4), ['columns', 'step', 'steps'])
 
     Source:
         Ibrahim et al., arXiv 2306.02824, section 4; official TensorFlow code (schedules, noise, entropy).
@@ -113,7 +116,7 @@ def update_permutations(params: dict, state: dict) -> dict:
     Example:
         >>> logits = jnp.array([[[0.0, 0.01], [0.01, 0.0]]])
         >>> state = {"step": jnp.int32(0), "steps": jnp.int32(9), "columns": jnp.array([[0, 1]], jnp.int32)}
-        >>> update_permutations({"permutation": logits}, state)["columns"].tolist()
+        >>> jax.jit(update_permutations)({"permutation": logits}, state)["columns"].tolist()
         [[1, 0]]
     """
     logits = params["permutation"]
@@ -136,7 +139,7 @@ def permutation_schedule(step: Array | int, steps: Array | int) -> tuple[Array, 
         `tau` float32 [] and `n` int32 [].
 
     Example:
-        >>> tau, n = permutation_schedule(50, 100)
+        >>> tau, n = jax.jit(lambda step: permutation_schedule(step, 100))(50)
         >>> f"{float(tau):.0e}", int(n)
         ('1e-05', 85)
 
@@ -166,7 +169,7 @@ def permutation_entropy(permutations: Array, *, eps: float = 1e-6) -> Array:
         ValueError: the last two axes differ, or `eps` is not positive.
 
     Example:
-        >>> abs(round(float(permutation_entropy(jnp.eye(3))), 4))
+        >>> abs(round(float(jax.jit(permutation_entropy)(jnp.eye(3))), 4))
         0.0
     """
     if permutations.ndim < 2 or permutations.shape[-1] != permutations.shape[-2]:
@@ -188,7 +191,7 @@ def hard_permutation(permutations: Array) -> Array:
         [..., E, E] of zeros and ones in the dtype of `permutations`.
 
     Example:
-        >>> hard_permutation(jnp.array([[0.4, 0.6], [0.5, 0.5]])).tolist()
+        >>> jax.jit(hard_permutation)(jnp.array([[0.4, 0.6], [0.5, 0.5]])).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
     if permutations.ndim < 2 or permutations.shape[-1] != permutations.shape[-2]:
@@ -216,8 +219,8 @@ def permute_plan(plan: RoutingPlan, permutations: Array, *, max_active: int | No
 
     Example:
         >>> from jaxlab.moe import plan_from_weights
-        >>> plan = plan_from_weights(jnp.array([[1.0, 0.0], [0.25, 0.75]]))
-        >>> dense_weights(permute_plan(plan, jnp.array([[0.0, 1.0], [1.0, 0.0]]))).tolist()
+        >>> run = lambda w, p: dense_weights(permute_plan(plan_from_weights(w), p))
+        >>> jax.jit(run)(jnp.array([[1.0, 0.0], [0.25, 0.75]]), jnp.array([[0.0, 1.0], [1.0, 0.0]])).tolist()
         [[0.0, 1.0], [0.75, 0.25]]
     """
     experts = plan.num_experts

@@ -32,6 +32,29 @@ class GatePlan(RoutingPlan):
     permutations: Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotPlan:
+    """A soft plan: every slot of an expert is a mean of all tokens, every token's output a mean of all slots.
+
+    Attributes:
+        dispatch: float32 [T, E, S], weights of the tokens in each slot; sum to 1 over T.
+        combine: float32 [T, E, S], weights of the slots in each token's output; sum to 1 over E and S.
+        logits: float32 [T, E, S], what both are a softmax of.
+        where: bool [T], tokens that exist.
+    """
+
+    dispatch: Array
+    combine: Array
+    logits: Array
+    where: Array
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts E."""
+        return self.dispatch.shape[-2]
+
+
 def plan_from_weights(
     weights: Array, logits: Array | None = None, *, max_active: int | None = None, where: Array | None = None
 ) -> RoutingPlan:
@@ -53,8 +76,8 @@ def plan_from_weights(
         ValueError: a shape does not fit, or `max_active` is out of range.
 
     Example:
-        >>> plan = plan_from_weights(jnp.array([[0.0, 0.7, 0.3], [1.0, 0.0, 0.0]]), max_active=2)
-        >>> plan.expert.tolist(), plan.token[:3].tolist(), plan.counts.tolist()
+        >>> plan = jax.jit(lambda w: plan_from_weights(w, max_active=2))(jnp.array([[0.0, 0.7, 0.3], [1.0, 0.0, 0.0]]))
+        >>> plan.expert.tolist(), plan.token.tolist()[:3], plan.counts.tolist()
         ([0, 1, 2, 3], [1, 0, 0], [1, 1, 1])
     """
     if weights.ndim != 2:
@@ -101,7 +124,7 @@ def plan_from_ids(
 
     Example:
         >>> probs = jnp.array([[0.0, 1.0], [1.0, 0.0]])
-        >>> plan_from_ids(jnp.array([[1], [0]]), jnp.ones((2, 1)), probs, probs).token.tolist()
+        >>> jax.jit(plan_from_ids)(jnp.array([[1], [0]]), jnp.ones((2, 1)), probs, probs).token.tolist()
         [1, 0]
     """
     if ids.ndim != 2 or weights.shape != ids.shape:
@@ -139,7 +162,7 @@ def plan_from_gates(
 
     Example:
         >>> gates = jnp.array([[[0.5, 0.0, 0.0], [0.0, 0.0, 0.5]]])
-        >>> plan_from_gates(gates, 2 * gates).counts.tolist()
+        >>> jax.jit(lambda gates: plan_from_gates(gates, 2 * gates))(gates).counts.tolist()
         [1, 0, 1]
     """
     if gates.ndim != 3 or selectors.shape != gates.shape:
@@ -160,7 +183,7 @@ def dense_weights(plan: RoutingPlan) -> Array:
         [T, E] in the dtype of `plan.weight`; differentiable.
 
     Example:
-        >>> dense_weights(plan_from_weights(jnp.array([[0.0, 1.0], [0.25, 0.75]]))).tolist()
+        >>> jax.jit(lambda w: dense_weights(plan_from_weights(w)))(jnp.array([[0.0, 1.0], [0.25, 0.75]])).tolist()
         [[0.0, 1.0], [0.25, 0.75]]
     """
     return rows_mixed(_dense)(*match_varying(plan.token, plan.expert, plan.weight, plan.scores))
@@ -188,7 +211,7 @@ def selector_entropy(
 
     Example:
         >>> sure = jnp.array([[[1.0, 0.0]]])
-        >>> abs(round(float(selector_entropy(plan_from_gates(sure, sure))), 4))
+        >>> abs(round(float(jax.jit(lambda s: selector_entropy(plan_from_gates(s, s)))(sure)), 4))
         0.0
 
     Source:

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that the backbones share."""
+"""The pre-norm transformer block that the backbones share, in Flax NNX."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 from jaxlab.kernels.attention import attention
-from jaxlab.ops.layers import dense
-from jaxlab.types import Layer, accepted
+from jaxlab.nn.bridges import from_nnx, to_nnx
+from jaxlab.types import Layer, StatefulLayer
 
 
 def transformer_block(
@@ -21,7 +22,7 @@ def transformer_block(
     norm: Layer,
     causal: bool = False,
     rotary: bool = False,
-) -> Layer:
+) -> StatefulLayer:
     """Returns `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 
     Args:
@@ -33,9 +34,9 @@ def transformer_block(
         rotary: whether queries and keys are rotated by their positions (Su et al., arXiv 2104.09864).
 
     Returns:
-        A `Layer`: `init(key, width)`, `apply(params, x [B, T, width], segment_ids=None, key=None, train=False)` gives
-        `(y, plan)`, with plan None unless the feed-forward layer makes one. Tokens see only those of their own segment;
-        -1 is padding.
+        A `StatefulLayer` (its state is empty): `init(key, *dims)` (the dims are not needed), `apply(params, state,
+        x [B, T, width], segment_ids=None, key=None, train=False)` gives `(y, plan)`, with plan None unless the
+        feed-forward layer makes one. Tokens see only those of their own segment; -1 is padding.
 
     Raises:
         ValueError: `heads` does not divide `width`, or rotary positions are asked for with heads of odd size.
@@ -43,47 +44,57 @@ def transformer_block(
     Example:
         >>> from jaxlab.ops.layers import feature_norm, mlp
         >>> block = transformer_block(8, 2, feed_forward=mlp([16, 8]), norm=feature_norm())
-        >>> block.apply(block.init(jax.random.key(0), 8), jnp.ones((1, 3, 8)))[0].shape
-        (1, 3, 8)
+        >>> params, state = block.init(jax.random.key(0))
+        >>> (y, plan), state = block.apply(params, state, jnp.ones((1, 3, 8)))
+        >>> y.shape, plan
+        ((1, 3, 8), None)
     """
-    if width % heads:
-        raise ValueError(f"heads={heads} must divide width={width}")
-    if rotary and (width // heads) % 2:
-        raise ValueError(f"heads={heads} gives heads of odd size {width // heads}: rotary positions need an even one")
-    qkv, out = dense(3 * width, bias=False), dense(width, scale=0.25)
+    check_options(width, heads, rotary)
+    return from_nnx(lambda rngs: Block(width, heads, feed_forward, norm, causal, rotary, rngs))
 
-    def init(key, size):
-        key_qkv, key_out, key_ff = jax.random.split(key, 3)
-        return {
-            "norm_attention": norm.init(key, size),
-            "qkv": qkv.init(key_qkv, size),
-            "out": out.init(key_out, size),
-            "norm_ff": norm.init(key, size),
-            "ff": feed_forward.init(key_ff, size),
-        }
 
-    def apply(params, x, *, segment_ids=None, key=None, train=False):
-        n, tokens, _ = x.shape
-        y = qkv.apply(params["qkv"], norm.apply(params["norm_attention"], x))
-        q, k, v = jnp.moveaxis(y.reshape(n, tokens, 3, heads, width // heads), 2, 0)
-        if rotary:
+class Block(nnx.Module):
+    """The block as a module, for backbones to compose."""
+
+    def __init__(self, width: int, heads: int, feed_forward: Layer, norm: Layer, causal, rotary, rngs: nnx.Rngs):
+        self.heads, self.causal, self.rotary = heads, causal, rotary
+        self.norm_attention, self.norm_ff = to_nnx(norm, width, rngs=rngs), to_nnx(norm, width, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, use_bias=False, kernel_init=normal(1.0), rngs=rngs)
+        self.out = nnx.Linear(width, width, kernel_init=normal(0.25), rngs=rngs)
+        self.ff = to_nnx(feed_forward, width, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, key=None, train=False):
+        """Returns `(y, plan)` of x [B, T, width]."""
+        n, tokens, width = x.shape
+        y = self.qkv(self.norm_attention(x)).reshape(n, tokens, 3, self.heads, width // self.heads)
+        q, k, v = jnp.moveaxis(y, 2, 0)
+        if self.rotary:
             q, k = _rotated(q), _rotated(k)
-        y = attention(q, k, v, causal=causal, q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
-        x = x + out.apply(params["out"], jnp.reshape(y, (n, tokens, width)))
-        flat = norm.apply(params["norm_ff"], x).reshape(n * tokens, width)
-        y = feed_forward.apply(params["ff"], flat, **accepted(feed_forward.apply, key=key, train=train))
+        y = attention(q, k, v, causal=self.causal, q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+        x = x + self.out(jnp.reshape(y, (n, tokens, width)))
+        y = self.ff(self.norm_ff(x).reshape(n * tokens, width), key=key, train=train)
         y, plan = y if isinstance(y, tuple) else (y, None)
         return x + y.reshape(n, tokens, width), plan
 
-    return Layer(init, apply)
+
+# What the backward pass keeps of a block, besides its input.
+REMAT = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
-def run_blocks(blocks, params, x: Array, *, penalty: Callable | None, key=None, **keywords) -> tuple[Array, dict]:
+def run_blocks(blocks, x: Array, *, penalty: Callable | None, remat: str, key=None, **keywords) -> tuple[Array, dict]:
     """Runs blocks one after the other; also returns what their routing plans say, as entries of the output."""
     plans = []
     for i, block in enumerate(blocks):
         block_key = None if key is None else jax.random.fold_in(key, i)
-        x, plan = block.apply(params[f"block_{i}"], x, key=block_key, **keywords)
+
+        def run(x, block=block, block_key=block_key):
+            return block(x, key=block_key, **keywords)
+
+        x, plan = (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(x)
         plans += [] if plan is None else [plan]
     if not plans:
         return x, {}
@@ -91,6 +102,21 @@ def run_blocks(blocks, params, x: Array, *, penalty: Callable | None, key=None, 
     if penalty is not None:
         extra["penalty"] = jnp.mean(jnp.stack([penalty(plan) for plan in plans]))
     return x, extra
+
+
+def check_options(width: int, heads: int, rotary: bool, remat: str = "none") -> None:
+    """Raises a ValueError for heads that do not fit the width, or an unknown way to save memory."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
+    if width % heads:
+        raise ValueError(f"heads={heads} must divide width={width}")
+    if rotary and (width // heads) % 2:
+        raise ValueError(f"heads={heads} gives heads of odd size {width // heads}: rotary positions need an even one")
+
+
+def normal(scale: float) -> nnx.Initializer:
+    """Returns the initialiser `N(0, scale / inputs)`."""
+    return nnx.initializers.variance_scaling(scale, "fan_in", "normal")
 
 
 def _rotated(x: Array, base: float = 10_000.0) -> Array:

@@ -24,8 +24,8 @@ def from_nnx(make: Callable[..., nnx.Module], *, dims_of: Callable[[Any], tuple]
     """Returns a Flax NNX module as a `StatefulLayer` over plain nested dicts.
 
     Variables of kind `Param` become the parameters, every other kind (`BatchStat`, caches) the state. Random streams
-    (dropout) start from `key` on each call. The module's graph is built once for training (`module.train()`) and once
-    for evaluation (`module.eval()`), not on each call.
+    (dropout) start from `key` on each call; a module whose `__call__` names `key` or `train` receives them. The graph
+    of the module is built once for training (`module.train()`) and once for evaluation (`module.eval()`), not per call.
 
     Args:
         make: `make(rngs)` builds the module; with `dims_of`, `make(rngs, *dims)`.
@@ -64,29 +64,30 @@ def from_nnx(make: Callable[..., nnx.Module], *, dims_of: Callable[[Any], tuple]
         streams = jax.tree.leaves(rngs_like)
         if streams and train and key is None:
             raise ValueError("key is needed: this network draws random numbers in training")
-        key = jax.random.key(0) if key is None else key
+        root = jax.random.key(0) if key is None else key
         values = [
-            jax.random.fold_in(key, i) if jnp.issubdtype(s.dtype, jax.dtypes.prng_key) else jnp.zeros(s.shape, s.dtype)
+            jax.random.fold_in(root, i) if jnp.issubdtype(s.dtype, jax.dtypes.prng_key) else jnp.zeros(s.shape, s.dtype)
             for i, s in enumerate(streams)
         ]
         rngs = jax.tree.unflatten(jax.tree.structure(rngs_like), values)
         module = nnx.merge(graphs[train], _filled(params_like, params), rngs, _filled(rest_like, state))
-        y = module(x, *args, **keywords)
+        y = module(x, *args, **accepted(module.__call__, key=key, train=train), **keywords)
         return y, nnx.to_pure_dict(nnx.split(module, nnx.Param, nnx.RngState, ...)[3])
 
     return StatefulLayer(init, apply)
 
 
 def to_nnx(layer: Layer, *dims: Any, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns one of our layers as a Flax NNX module, whose parameters are `nnx.Param`s.
+    """Returns one of our layers as a Flax NNX module, whose parameters are `nnx.Param`s under their own names.
 
     Args:
         layer: a `Layer` without memory.
         *dims: what its `init` takes after the key.
-        rngs: the stream `params` seeds it; `dropout`, if there is one, gives the key of each call in training.
+        rngs: the stream `params` seeds it; `dropout`, if there is one, gives the key of each call in training that
+            names none.
 
     Returns:
-        A module: `module(x, ..., train=False)`.
+        A module: `module(x, ..., key=None, train=False)`.
 
     Example:
         >>> from jaxlab import moe
@@ -101,13 +102,13 @@ def to_nnx(layer: Layer, *dims: Any, rngs: nnx.Rngs) -> nnx.Module:
 class _OfLayer(nnx.Module):
     def __init__(self, layer: Layer, dims: tuple, rngs: nnx.Rngs):
         self.call = layer.apply
-        leaves, self.structure = jax.tree.flatten(layer.init(rngs.params(), *dims))
-        self.leaves = nnx.List([nnx.Param(leaf) for leaf in leaves])
-        self.rngs = rngs
+        self.params = nnx.data(jax.tree.map(nnx.Param, layer.init(rngs.params(), *dims)))
+        self.rngs = nnx.data(rngs if "dropout" in rngs else None)
 
-    def __call__(self, x, *args, train: bool = False, **keywords):
-        params = jax.tree.unflatten(self.structure, [leaf[...] for leaf in self.leaves])
-        key = self.rngs.dropout() if train and "dropout" in self.rngs else None
+    def __call__(self, x, *args, key=None, train: bool = False, **keywords):
+        params = jax.tree.map(lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param))
+        if train and key is None and self.rngs is not None:
+            key = self.rngs.dropout()
         return self.call(params, x, *args, **accepted(self.call, key=key, train=train), **keywords)
 
 

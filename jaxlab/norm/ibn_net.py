@@ -162,8 +162,8 @@ def ibn_block(
 
     Example:
         >>> block = ibn_block(4, norm=instance_batch_norm(), stride=2)
-        >>> params, state = block.init(jax.random.key(0), 3)
-        >>> block.apply(params, state, jnp.ones((2, 8, 8, 3)))[0].shape
+        >>> params, state = jax.jit(block.init, static_argnums=1)(jax.random.key(0), 3)
+        >>> jax.jit(block.apply)(params, state, jnp.ones((2, 8, 8, 3)))[0].shape
         (2, 4, 4, 16)
 
     Source:
@@ -256,8 +256,9 @@ def ibn_net(
 
     Example:
         >>> net = ibn_net(num_classes=10, layers=(1, 1), width=8, bottleneck=False, large_stem=False)
-        >>> params, state = net.init(jax.random.key(0), 3)
-        >>> logits, state = net.apply(params, state, jnp.ones((2, 8, 8, 3)), train=True)
+        >>> params, state = jax.jit(net.init, static_argnums=1)(jax.random.key(0), 3)
+        >>> step = jax.jit(lambda params, state, x: net.apply(params, state, x, train=True))
+        >>> logits, state = step(params, state, jnp.ones((2, 8, 8, 3)))
         >>> logits.shape
         (2, 10)
 

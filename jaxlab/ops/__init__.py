@@ -1,6 +1,7 @@
 """What more than one paper needs: masked reductions, collectives, sharding, sorting, transport, tree arithmetic."""
 
 from jaxlab.ops.assignment import linear_assignment
+from jaxlab.ops.chunks import map_rows
 from jaxlab.ops.clustering import kmeans
 from jaxlab.ops.collectives import (
     all_mean,
@@ -42,6 +43,7 @@ __all__ = [
     "gumbel_sinkhorn",
     "kmeans",
     "linear_assignment",
+    "map_rows",
     "masked_logsumexp",
     "masked_mean",
     "masked_softmax",

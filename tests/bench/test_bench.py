@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab import cli
-from jaxlab.bench import kernels, peers, runner
+from jaxlab.bench import kernels, losses, peers, runner
 
 
 @pytest.mark.parametrize("name", kernels.BENCHES)
@@ -40,12 +40,33 @@ def test_rows_and_records(tmp_path, monkeypatch, capsys):
     assert "of lax.scan" in runner.render(rows)
 
 
+def test_every_loss_that_is_imported_is_measured():
+    contests = list(losses.losses(True))
+    names = {contest.case for contest in contests}
+    assert len(names) == len(contests) and {"info_nce_loss", "groco_multiview_loss", "nwj_bound"} <= names
+    for contest in contests:
+        value, grads = jax.eval_shape(contest.ours, *contest.args)
+        assert value.shape == () and grads.shape == contest.args[0].shape
+
+
+def test_a_peer_of_another_library_and_no_peer(capsys):
+    calls = []
+    x = jax.numpy.ones(3)
+    theirs = ("theirs", lambda: calls.append(1))
+    contest = runner.Contest("toy", {"pass": "fwd"}, jax.numpy.sum, (x,), theirs, foreign=True)
+    row = runner.run(contest, rounds=2)
+    assert len(calls) == 3 and row["peer"] == "theirs" and row["ratio"] > 0 and row["peer_temp_bytes"] is None
+    alone = runner.run(runner.Contest("toy", {"pass": "fwd"}, jax.numpy.sum, (x,), None), rounds=2)
+    assert (alone["peer"], alone["peer_ms"], alone["ratio"]) == (None, None, None) and alone["ms"] > 0
+    assert "geometric mean of 2 ratios" in runner.render([row, row, alone])
+
+
 def test_a_step_of_peers_is_the_loop_over_one_peers_step():
     """The loop learns from the predictions that stand at the start, as the first step of all peers at once does."""
     contests = list(peers.BENCHES["peers"](True))
     assert [contest.case for contest in contests] == ["mlp peers", "vit peers"]
     for contest in contests:
-        rows = contest.peer[1](*contest.loop[0])
+        rows = contest.peer[1]()
         new, _ = jax.jit(contest.ours)(*contest.args)
         for k, (params, _, opt_state, _) in enumerate(rows):
             ours = jax.tree.map(lambda leaf, k=k: leaf[k], (new.params, new.opt_state))

@@ -130,28 +130,28 @@ def test_refuses():
 
 
 CASES = [
-    Case(
-        groco_loss,
-        {
-            "anchor": Arg("embeddings", (6, 4)),
-            "positives": Arg("embeddings", (6, 2, 4)),
-            "negatives": Arg("embeddings", (5, 4)),
-            "where": Arg("where", (6,)),
-        },
-        static={"k": 3},
-        wrt=("anchor",),
-        frozen=("positives", "negatives"),
-        rows={"anchor": 0, "positives": 0, "where": 0},
-        symmetry="invariant",
-    ),
-    Case(
+    Case(  # holds groco_loss, and is the one whose anchors meet across rows and devices
         groco_multiview_loss,
-        {"views": Arg("embeddings", (2, 6, 4)), "where": Arg("where", (6,))},
-        static={"k": 4},
+        {"views": Arg("embeddings", (2, 4, 3)), "where": Arg("where", (4,))},
+        static={"k": 2},
         wrt=("views",),
         rows={"views": 1, "where": 0},
         symmetry="invariant",
         grad_oracle=lambda views, where: {"views": frozen_targets_gradient(views)},
+    ),
+    Case(
+        groco_loss,
+        {
+            "anchor": Arg("embeddings", (4, 3)),
+            "positives": Arg("embeddings", (4, 1, 3)),
+            "negatives": Arg("embeddings", (3, 3)),
+            "where": Arg("where", (4,)),
+        },
+        static={"k": 2},
+        wrt=("anchor",),
+        frozen=("positives", "negatives"),
+        rows={"anchor": 0, "positives": 0, "where": 0},
+        helper=True,
     ),
 ]
 test_conformance = conformance.conformance_tests(CASES)
@@ -168,6 +168,6 @@ def frozen_targets_gradient(views, step=1e-6):
             anchor[d] += sign * step
             positive = [cosine(anchor, views[w, i]) for w in range(num_views) if w != v]
             negative = [cosine(anchor, views[v, j]) for j in range(rows) if j != i]
-            values.append(groups_oracle(positive, negative, 4))
+            values.append(groups_oracle(positive, negative, 2))
         grad[v, i, d] = (values[0] - values[1]) / (2 * step) / (num_views * rows)
     return grad

@@ -38,6 +38,7 @@ def test_a_run_leaves_everything(finished):
     last = rows(finished)[-1]
     assert len(last["test_accuracy"]) == 2 and all(0 <= a <= 1 for a in last["test_accuracy"])
     assert {p.name for p in (finished / "plots").iterdir()} == {
+        "agreement.png",
         "learning_curves.png",
         "expert_load.png",
         "confusion.png",
@@ -68,7 +69,7 @@ def test_an_interrupted_run_goes_on_exactly(finished, tmp_path, capsys, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(data_source, "batch_at", batch_at)
-        assert run("train", "--run-dir", directory, *TINY, "--quiet") == 130
+        assert run("train", "--run-dir", directory, *TINY, "--quiet") == 75
     said = capsys.readouterr().out
     assert f"jaxlab train --resume {directory}" in said and "step 4" in said
     assert run("train", "--resume", directory, "--quiet") == 0

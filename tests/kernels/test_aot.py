@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlab.kernels import aot, grouped_matmul
+from jaxlab.kernels import aot, expert_ffn, grouped_matmul
 from jaxlab.kernels._grouped_pallas import FORMS
+from jaxlab.types import RoutingPlan
 
 M, K, N, E = 4096, 512, 1024, 8
 SIZES = jax.ShapeDtypeStruct((E,), jnp.int32)
@@ -30,6 +31,26 @@ def test_grouped_matmul_and_its_gradients_compile(target):
     assert report.kernels == 3
     if target.startswith("tpu"):
         assert 0.9 <= report.flops / (3 * 2 * M * K * N) <= 1.2
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["tpu:v5e", "tpu:tpu7x", "gpu:h100"])  # its kernels are those of every target above
+def test_expert_ffn_and_its_gradients_compile(target):
+    """Three products; in the backward three by weights, three for the rows, and two again, which both passes share."""
+
+    def both(x, weights, plan, dy):
+        y, pull = jax.vjp(lambda x, weights: expert_ffn(x, weights, plan), x, weights)
+        return y, *pull(dy)
+
+    tokens, size, hidden, rows = 2048, 512, 1024, M
+    weights = {"up": shape(E, size, hidden), "gate": shape(E, size, hidden), "down": shape(E, hidden, size)}
+    ids, scores = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((tokens, E), jnp.float32)
+    scalar, weight = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    plan = RoutingPlan(ids, ids, weight, SIZES, scores, scores, scalar)
+    report = aot.compile_report(both, (shape(tokens, size), weights, plan, shape(tokens, size)), target)
+    assert report.kernels == 3 + 3 + 3
+    if target.startswith("tpu"):
+        assert 0.9 <= report.flops / (9 * 2 * rows * size * hidden) <= 1.2
 
 
 @pytest.mark.aot

@@ -14,7 +14,10 @@ from conformance import Arg, Case
 from jax.sharding import PartitionSpec as P
 
 from jaxlab import ops
+from jaxlab._compat import tpu_interpreter
+from jaxlab.kernels import _expert_kernels as kernels
 from jaxlab.kernels import expert_ffn, plan_from_top_k, top_k_routing
+from jaxlab.kernels._grouped_pallas import FORMS
 from jaxlab.types import RoutingPlan
 
 rng = np.random.default_rng()
@@ -308,6 +311,28 @@ def test_temporary_memory_does_not_grow_with_the_experts():
         assert bytes_of(16, both) <= 1.2 * bytes_of(4, both)
 
 
+@pytest.mark.parametrize("platform", sorted(FORMS))
+def test_kernels_in_their_interpreter_equal_the_other_form(platform):
+    """Value and all gradients, with an idle expert, an unused row, and tiles shared by experts."""
+    interpret = tpu_interpreter() if platform == "tpu" else True
+    options = {"tiles": (16, 16, 16), "interpret": interpret}
+    product, outer = (functools.partial(form, **options) for form in FORMS[platform])
+    x, weights, plan = draw_x(), draw_weights(), make_plan(random_assignments(experts=(0, 2, 3)), rows=12)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    kind = sys.modules["jaxlab.kernels.expert_ffn"]
+    described = kind._ACTIVATIONS["swiglu"], kind._inputs("swiglu")
+
+    @jax.jit
+    def both(x, weights, plan, dy):
+        args = x, weights, plan.token, plan.weight, plan.counts
+        return kernels.forward(product, *described, *args), kernels.backward(product, outer, *described, *args, dy)
+
+    y, (dx, dw, dg) = run(x, weights, plan, dy)
+    got, (got_dx, got_dw, got_dg) = both(x, weights, plan, dy)
+    assert_trees_close((got, got_dx, dict(got_dw), got_dg), (y, dx, dw, dg), rtol=1e-4, atol=1e-4)
+    assert not np.any(got[-1]) and not np.any(got_dx[-1])
+
+
 def test_errors():
     x, weights, plan = jnp.zeros((T, D)), draw_weights(), make_plan(random_assignments())
     cases = [
@@ -319,12 +344,17 @@ def test_errors():
         ),
         (r"x must be \[tokens, features\], got shape \(6, 3, 1\)", (x[:, :, None], weights), {}),
         (r"weights\['gate'\] has shape \(4, 3, 5\), expected \(4, 2, 5\)", (x[:, :2], weights), {}),
-        (r"no pallas implementation of expert_ffn yet on any platform", (x, weights), {"implementation": "pallas"}),
         (r"implementation='fast' of expert_ffn must be one of 'auto'", (x, weights), {"implementation": "fast"}),
     ]
     for message, args, keywords in cases:
         with pytest.raises(ValueError, match=message):
             expert_ffn(*args, plan, **keywords)
+
+
+def test_a_named_kernel_that_cannot_run_here_raises():
+    x, weights, plan = jnp.zeros((T, D)), draw_weights(), make_plan(random_assignments())
+    with pytest.raises(NotImplementedError, match="platform"):
+        jax.jit(lambda x: expert_ffn(x, weights, plan, implementation="pallas"))(x)
 
 
 def through_experts(x, scores, gate, up, down, *, where=None):

@@ -72,6 +72,48 @@ def test_balance_losses_equal_loops():
     np.testing.assert_allclose(moe.router_z_loss(plan), np.mean(np.log(np.exp(z).sum(1)) ** 2), rtol=1e-5)
 
 
+def test_health_and_further_losses_equal_loops():
+    """A plan with a dead expert, cut assignments, padding and two tasks, whole and over a mapped axis."""
+    gates = np.abs(rng.normal(size=(16, E)))
+    gates[:, 3] = 0
+    where, labels = np.arange(16) % 5 != 4, np.array([0, 1, 2, -1] * 4)
+
+    def run(gates, where, labels, axis_name=None):
+        plan = moe.plan_from_weights(gates, max_active=2, where=where)
+        options = {"where": where, "axis_name": axis_name}
+        health = moe.router_health(plan, **options)
+        return health, moe.importance_loss(plan, **options), moe.mutual_information_loss(plan, labels, 3, **options)
+
+    health, importance, information = jax.jit(run)(jnp.float32(gates), where, labels)
+    real = gates * where[:, None]
+    kept = np.where(real >= np.sort(real, axis=1)[:, -2:-1], real, 0)
+    counts = (kept > 0).sum(0)
+    load = counts / counts.sum()
+    entropy = lambda p: -sum(v * np.log(v) for v in p if v > 0) / np.log(E)
+    cosines = [
+        real[:, a] @ real[:, b] / max(1e-30, np.linalg.norm(real[:, a]) * np.linalg.norm(real[:, b]))
+        for a in range(E) for b in range(E) if a != b
+    ]  # fmt: skip
+    np.testing.assert_allclose(health.load, load * E, rtol=1e-5)
+    np.testing.assert_allclose(health.max_violation, load.max() * E - 1, rtol=1e-5)
+    np.testing.assert_allclose(health.load_entropy, entropy(load), rtol=1e-5)
+    np.testing.assert_allclose(health.token_entropy, np.mean([entropy(g / g.sum()) for g in real[where]]), rtol=1e-5)
+    np.testing.assert_allclose(health.overlap, np.mean(cosines), rtol=1e-5)
+    np.testing.assert_allclose(health.drop_rate, 1 / 3, rtol=1e-5)
+    assert health.dead_experts == 1
+    weights = kept.sum(0)
+    np.testing.assert_allclose(importance, weights.var() / weights.mean() ** 2, rtol=1e-5)
+    joint = np.stack([real[labels == m].sum(0) for m in range(3)])
+    joint = joint / joint.sum()
+    ratio = [p * np.log(p / (joint[m].sum() * joint[:, e].sum())) for (m, e), p in np.ndenumerate(joint) if p > 0]
+    np.testing.assert_allclose(information, -sum(ratio), rtol=1e-4)
+    spread = jax.jit(jax.vmap(lambda *args: run(*args, "data"), axis_name="data"))(
+        jnp.float32(gates.reshape(4, 4, E)), where.reshape(4, 4), labels.reshape(4, 4)
+    )
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves((health, importance, information)), strict=True):
+        np.testing.assert_allclose(a, np.stack([b] * 4), rtol=1e-4, atol=1e-6)
+
+
 def test_balance_over_the_global_batch():
     router = moe.top_k_router(E, K)
     params = {"w": jnp.float32(rng.normal(size=(D, E)))}
@@ -136,6 +178,13 @@ def load(scores, *, where=None, axis_name=None):
     return moe.expert_load(plan_of(scores, where), axis_name=axis_name).astype(scores.dtype)
 
 
+def further(scores, labels, where):
+    plan = moe.plan_from_weights(jax.nn.relu(scores), where=where)
+    health = moe.router_health(plan, where=where)
+    information = moe.mutual_information_loss(plan, labels, 3, where=where)
+    return moe.importance_loss(plan, where=where) + information, health
+
+
 SCORES = {"scores": Arg("scores", (6, E)), "where": Arg("where", (6,))}
 ROWS = {"rows": {"scores": 0, "where": 0}, "symmetry": "invariant"}
 CASES = [
@@ -144,6 +193,9 @@ CASES = [
     Case(balance, SCORES, wrt=("scores",), covers=("moe.load_balancing_loss",), **ROWS,
          skip={"gradient": "the share of assignments is a constant that a shifted score may change"}),
     Case(z_loss, SCORES, wrt=("scores",), covers=("moe.router_z_loss",), **ROWS),
+    Case(further, {**SCORES, "labels": Arg("labels", (6,))}, wrt=("scores",), helper=True,
+         covers=("moe.importance_loss", "moe.mutual_information_loss", "moe.squared_variation", "moe.router_health",
+                 "moe.RouterHealth"), skip={"dtype": "the metrics are float32 whatever comes in"}),
     Case(load, SCORES, reason="counts have no gradient", covers=("moe.expert_load",), **ROWS),
 ]  # fmt: skip
 test_conformance = conformance.conformance_tests(CASES)

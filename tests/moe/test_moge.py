@@ -82,8 +82,8 @@ def test_one_group_on_each_of_eight_devices_equals_one_device():
     """Values, and gradients outside the map, with a shared expert and tokens that do not exist."""
     groups, experts = 8, 16
     router, shared = moe.moge_router(experts, 8, groups=groups), mlp([4, D])
-    make = lambda dispatch: moe.moe_layer(router, moe.swiglu_experts(experts, 3), dispatch=dispatch, shared=shared)
-    one, spread = make(None), make(moe.group_dispatch("expert"))
+    make = lambda **options: moe.moe_layer(router, moe.swiglu_experts(experts, 3), shared=shared, **options)
+    one, spread = make(), make(dispatch=moe.group_dispatch(), axis_name="expert")
     params = jax.tree.map(
         lambda a: np.float32(rng.normal(size=a.shape)), jax.eval_shape(lambda k: one.init(k, D), jax.random.key(0))
     )
@@ -112,6 +112,9 @@ def test_refuses():
     ):
         with pytest.raises(ValueError, match=match):
             make()
+    layer = moe.moe_layer(moe.moge_router(4, 2, groups=2), moe.swiglu_experts(4, 2), dispatch=moe.group_dispatch())
+    with pytest.raises(ValueError, match="axis_name is needed"):
+        layer.apply(layer.init(jax.random.key(0), D), jnp.ones((T, D)))
     plan = moe.moge_router(4, 2, groups=2).apply({"w": jnp.ones((D, 4)), "scale": jnp.ones(4)}, jnp.ones((T, D)))
     with pytest.raises(ValueError, match="num_devices=3 must divide num_experts=4"):
         moe.imbalance_score(plan, num_devices=3)
@@ -133,7 +136,7 @@ def voted_experts(scores, where):
 
 def exchanged(x):
     scaled = moe.Experts(E, lambda key, size: None, lambda p, x, plan: (moe.dense_weights(plan) @ p)[:, None] * x)
-    layer = moe.moe_layer(ROUTER, scaled, dispatch=moe.group_dispatch("expert"))
+    layer = moe.moe_layer(ROUTER, scaled, dispatch=moe.group_dispatch(), axis_name="expert")
     weights = jnp.arange(E, dtype=x.dtype).reshape(M, E // M)
     run = lambda w, x: layer.apply({"router": PARAMS, "experts": w}, x)
     y, plan = jax.vmap(run, axis_name="expert")(weights, x)

@@ -256,6 +256,47 @@ def test_balanced_routers_balance_in_training_only():
     assert np.array_equal(np.asarray(moe.dense_weights(best)).argmax(1), logits.argmax(1))
 
 
+def phi(x):
+    return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+@pytest.mark.parametrize("k", [2, E])
+def test_the_noisy_gate_equals_the_loop(k):
+    """Weights, smooth load and its loss, for the noise that the key draws; without it in evaluation."""
+    router = moe.noisy_top_k_router(E, k, hidden=True)
+    draw = {n: np.float32(rng.normal(size=s)) for n, s in {"w": (D, E), "noise": (D, E), "v": (E, E)}.items()}
+    x, where, key = rng.normal(size=(T, D)).astype(np.float32), np.arange(T) < T - 2, jax.random.key(3)
+    dirty = np.where(where[:, None], x, np.nan).astype(np.float32)
+
+    def run(p, train):
+        plan = router.apply(p, dirty, where=where, key=key, train=train)
+        return moe.load_loss(plan), (plan, moe.dense_weights(plan), moe.importance_loss(plan), plan.load)
+
+    grads = jax.value_and_grad(lambda p: run(p, True), has_aux=True)
+    both = jax.jit(lambda p: (grads(p), run(p, False)))
+    ((loss, (plan, dense, importance, load)), grad), (_, (_, quiet, _, counts)) = both(draw)
+    z = np.tanh(x.astype(np.float64) @ draw["w"]) @ draw["v"]
+    sigma = np.log1p(np.exp(x.astype(np.float64) @ draw["noise"])) + 1e-2
+    noise = np.asarray(jax.random.normal(key, (T, E)), np.float64)
+    expected, expected_load, plain = np.zeros((T, E)), np.zeros(E), np.zeros((T, E))
+    for t in np.flatnonzero(where):
+        h = z[t] + sigma[t] * noise[t]
+        for target, scores in ((expected, h), (plain, z[t])):
+            best = np.argsort(-scores)[:k]
+            target[t, best] = np.exp(scores[best]) / np.exp(scores[best]).sum()
+        for e in range(E):
+            others = sorted((h[i] for i in range(E) if i != e), reverse=True)
+            expected_load[e] += phi((z[t, e] - others[k - 1]) / sigma[t, e]) if k < E else 1
+    np.testing.assert_allclose(dense, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(quiet, plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(load, expected_load, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, expected_load.var() / expected_load.mean() ** 2, rtol=1e-3, atol=1e-6)
+    total = expected.sum(0)
+    np.testing.assert_allclose(importance, total.var() / total.mean() ** 2, rtol=1e-3, atol=1e-6)
+    assert np.array_equal(counts, (plain > 0).sum(0)) and np.array_equal(plan.counts, (expected > 0).sum(0))
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grad)) and np.any(grad["noise"]) == (k < E)
+
+
 def test_hash_router_reads_its_table():
     router = moe.hash_router(TABLE, E)
     expected = np.zeros((T, E))
@@ -279,6 +320,11 @@ def test_refuses():
         (lambda: moe.relu_router(4, max_active=0), "max_active=0"),
         (lambda: moe.sinkhorn_router(4, 0), "k=0"),
         (lambda: moe.base_router(0), "num_experts=0"),
+        (lambda: moe.noisy_top_k_router(4, 5), "k=5 must be between 1 and num_experts=4"),
+        (lambda: moe.noisy_top_k_router(4, eps=-1.0), "eps=-1.0"),
+        (lambda: moe.noisy_top_k_router(4).apply({}, jnp.ones((2, 3)), train=True), "key is needed"),
+        (lambda: moe.load_loss(apply("relu", jnp.ones((T, D)))), "must be a NoisyPlan"),
+        (lambda: moe.squared_variation(jnp.ones((2, 2))), "x must be"),
         (lambda: moe.expert_choice_router(4, 0.0), "capacity_factor=0.0"),
         (lambda: moe.hash_router(jnp.ones(3), 4), "table must be int"),
         (lambda: moe.balanced_hash(np.ones((2, 2)), 4), "frequencies must be"),
@@ -326,6 +372,13 @@ def steps(counts_like, coefficient):
     return bias, moe.update_relu_coefficient(coefficient, plan, k=2)
 
 
+def noisy(x, key):
+    router = moe.noisy_top_k_router(E, 2)
+    w = jnp.cos(jnp.arange(D * E, dtype=jnp.promote_types(x.dtype, jnp.float32))).reshape(D, E)
+    plan = router.apply({"w": w, "noise": w}, x, key=key, train=True)
+    return moe.dense_weights(plan).astype(x.dtype), moe.load_loss(plan).astype(x.dtype)
+
+
 def plans(weights, ids):
     plan = moe.plan_from_weights(weights, max_active=2)
     known = moe.plan_from_ids(ids, weights[:, :2], weights, weights)
@@ -356,5 +409,7 @@ CASES = [
     Case(plans, {"weights": Arg("probabilities", (T, E)), "ids": Arg("index", (T, 2))}, wrt=("weights",), helper=True,
          covers=tuple(f"moe.{n}" for n in PLANS)),
     Case(balanced_hash, {"frequencies": Arg("weights", (9,))}, host=True, covers=("moe.balanced_hash",)),
+    Case(noisy, {"x": Arg("activations", (6, D)), "key": Arg("key")}, wrt=("x",), helper=True,
+         covers=("moe.noisy_top_k_router", "moe.load_loss", "moe.NoisyPlan")),
 ]  # fmt: skip
 test_conformance = conformance.conformance_tests(CASES)

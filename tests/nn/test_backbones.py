@@ -120,8 +120,8 @@ def block_oracle(p, x, heads, segments, causal, rotary):
     """One block of one sequence [T, D], one query at a time."""
     length, width = x.shape
     size = width // heads
-    normed = norm_oracle(p["norm_attention"], x)
-    q, k, v = (normed @ p["qkv"]["w"]).reshape(length, 3, heads, size).transpose(1, 0, 2, 3)
+    normed = norm_oracle(p["norm_attention"]["params"], x)
+    q, k, v = (normed @ p["qkv"]["kernel"]).reshape(length, 3, heads, size).transpose(1, 0, 2, 3)
     if rotary:
         q, k = (np.stack([[turn(a[t, n], t) for n in range(heads)] for t in range(length)]) for a in (q, k))
     out = np.zeros((length, heads, size))
@@ -130,9 +130,10 @@ def block_oracle(p, x, heads, segments, causal, rotary):
         if seen:
             weight = np.exp([q[t, n] @ k[s, n] / np.sqrt(size) for s in seen])
             out[t, n] = weight / weight.sum() @ v[seen, n]
-    x = x + out.reshape(length, width) @ p["out"]["w"] + p["out"]["b"]
-    hidden = norm_oracle(p["norm_ff"], x) @ p["ff"]["dense_0"]["w"] + p["ff"]["dense_0"]["b"]
-    return x + np.maximum(hidden, 0) @ p["ff"]["dense_1"]["w"] + p["ff"]["dense_1"]["b"]
+    x = x + out.reshape(length, width) @ p["out"]["kernel"] + p["out"]["bias"]
+    first, second = p["ff"]["params"]["dense_0"], p["ff"]["params"]["dense_1"]
+    hidden = norm_oracle(p["norm_ff"]["params"], x) @ first["w"] + first["b"]
+    return x + np.maximum(hidden, 0) @ second["w"] + second["b"]
 
 
 def turn(a, position):
@@ -145,37 +146,39 @@ def turn(a, position):
 def test_causal_transformer_equals_the_loop_and_keeps_documents_apart():
     feed_forward = lambda: plain_mlp([12, 8])
     net = nn.causal_transformer(7, width=8, depth=2, heads=2, feed_forward=feed_forward)
-    params = noisy(net.init(KEY))
+    params, _ = net.init(KEY)
+    params = noisy(params)
     tokens = rng.integers(0, 7, (2, 6))
     segments = np.array([[0, 0, 0, 1, 1, -1], [0] * 6])
-    got = jax.jit(net.apply)(params, jnp.asarray(tokens), segment_ids=jnp.asarray(segments))["logits"]
+    got = jax.jit(net.apply)(params, {}, jnp.asarray(tokens), segment_ids=jnp.asarray(segments))[0]["logits"]
     p = wide(params)
     for b in range(2):
         x = p["embed"][tokens[b]]
         for i in range(2):
-            x = block_oracle(p[f"block_{i}"], x, 2, segments[b], True, True)
-        expected = norm_oracle(p["norm"], x) @ p["head"]["w"]
+            x = block_oracle(p["blocks"][i], x, 2, segments[b], True, True)
+        expected = norm_oracle(p["norm"]["params"], x) @ p["head"]["kernel"]
         np.testing.assert_allclose(got[b], expected, rtol=2e-4, atol=2e-4)
 
 
 def test_vit_equals_the_loop():
     net = nn.vit(3, patch=2, width=8, depth=1, heads=2, feed_forward=lambda: plain_mlp([12, 8]))
-    params = noisy(net.init(KEY, (4, 6, 1)))
+    params, _ = net.init(KEY, (4, 6, 1))
+    params = noisy(params)
     x = rng.normal(size=(2, 4, 6, 1))
-    got = jax.jit(net.apply)(params, jnp.float32(x))["logits"]
+    got = jax.jit(net.apply)(params, {}, jnp.float32(x))[0]["logits"]
     p = wide(params)
     for b in range(2):
         patches = [x[b, i : i + 2, j : j + 2].reshape(-1) for i in (0, 2) for j in (0, 2, 4)]
-        y = np.stack(patches) @ p["embed"]["w"] + p["embed"]["b"] + p["position"]
-        y = norm_oracle(p["norm"], block_oracle(p["block_0"], y, 2, [0] * 6, False, False)).mean(0)
-        np.testing.assert_allclose(got[b], y @ p["head"]["w"] + p["head"]["b"], rtol=2e-4, atol=2e-4)
+        y = np.stack(patches) @ p["embed"]["kernel"] + p["embed"]["bias"] + p["position"]
+        y = norm_oracle(p["norm"]["params"], block_oracle(p["blocks"][0], y, 2, [0] * 6, False, False)).mean(0)
+        np.testing.assert_allclose(got[b], y @ p["head"]["kernel"] + p["head"]["bias"], rtol=2e-4, atol=2e-4)
 
 
 def test_a_mixture_of_experts_plugs_into_both_transformers():
     sparse = lambda: moe.moe_layer(moe.top_k_router(4, 2), moe.swiglu_experts(4, 8))
     penalty = moe.load_balancing_loss
     language = nn.causal_transformer(7, width=8, depth=2, heads=2, feed_forward=sparse, penalty=penalty)
-    out = language.apply(language.init(KEY), jnp.ones((2, 3), jnp.int32))
+    out, _ = language.apply(*language.init(KEY), jnp.ones((2, 3), jnp.int32))
     assert out["expert_counts"].shape == (2, 4) and int(out["expert_counts"].sum()) == 2 * 6 * 2
     assert out["penalty"].shape == () and out["penalty"] >= 1 - 1e-5
 
@@ -201,7 +204,9 @@ def test_nnx_and_our_layers_fit_both_ways():
     assert y.shape == x.shape and plan.num_experts == 4
     assert np.any(module(x, train=True)[0] != module(x, train=True)[0])
     grads = nnx.grad(lambda m: m(x)[0].sum())(module)
-    assert len(jax.tree.leaves(grads)) == len(jax.tree.leaves(layer.init(KEY, 3)))
+    names = jax.tree.structure(layer.init(KEY, 3))
+    assert jax.tree.structure(nnx.to_pure_dict(nnx.state(module, nnx.Param))["params"]) == names
+    assert len(jax.tree.leaves(grads)) == names.num_leaves
 
 
 def test_equinox_fits_in_one_line():
@@ -221,7 +226,7 @@ def test_refuses():
     with pytest.raises(ValueError, match="odd size 1"):
         nn.causal_transformer(5, width=8, heads=8)
     with pytest.raises(ValueError, match="tokens must be integers"):
-        nn.causal_transformer(5).apply({}, jnp.ones((2, 3)))
+        nn.causal_transformer(5).apply({}, {}, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="sizes must name"):
         nn.mlp([])
     with pytest.raises(ValueError, match="dropout=1"):
@@ -233,9 +238,9 @@ def test_refuses():
 def at_rest(net, *dims):
     """A network in evaluation as a function of its input, at fixed parameters in the input's dtype."""
     net = as_stateful(net)
-    params, state = net.init(KEY, *dims)
 
     def run(x):
+        params, state = net.init(KEY, *dims)
         cast = lambda tree: jax.tree.map(lambda a: a.astype(x.dtype), tree)
         y = net.apply(cast(params), cast(state), x)[0]
         return y["logits"] if isinstance(y, dict) else y
@@ -245,7 +250,7 @@ def at_rest(net, *dims):
 
 def block_layer():
     block = nn.transformer_block(4, 2, feed_forward=plain_mlp([6, 4]), norm=feature_norm())
-    return Layer(block.init, lambda params, x: block.apply(params, x)[0])
+    return Layer(lambda key: block.init(key)[0], lambda params, x: block.apply(params, {}, x)[0][0])
 
 
 def bridged(x):
@@ -253,11 +258,17 @@ def bridged(x):
     return nn.to_nnx(Layer(lambda key: params, lambda p, x: x @ p["w"]), rngs=nnx.Rngs(0))(x)
 
 
+def computed(x):
+    wide = "float64" if x.dtype == jnp.float64 else "float32"
+    net = nn.with_compute_dtype(Layer(lambda key: {}, lambda p, x: x @ p["w"]), wide)
+    return net.apply({"w": jnp.ones((3, 2), x.dtype)}, {}, x)[0]
+
+
 def language(x, tokens):
     """The token embedding of the causal transformer carries the gradient."""
     net = nn.causal_transformer(5, width=4, depth=1, heads=1, feed_forward=lambda: plain_mlp([6, 4]))
-    params = jax.tree.map(lambda a: a.astype(x.dtype), net.init(KEY))
-    return net.apply({**params, "embed": x}, tokens)["logits"]
+    params = jax.tree.map(lambda a: a.astype(x.dtype), net.init(KEY)[0])
+    return net.apply({**params, "embed": x}, {}, tokens)[0]["logits"]
 
 
 IMAGES = {"x": Arg("activations", (6, 4, 4, 1))}
@@ -269,11 +280,12 @@ CASES = [
          name="resnet", **ROWS),
     Case(at_rest(nn.mlp([5, 2], batch_norm=True), 3), {"x": Arg("activations", (6, 3))}, covers=("nn.mlp",), name="mlp",
          **ROWS),
-    Case(at_rest(block_layer(), 4), {"x": Arg("activations", (6, 3, 4))}, covers=("nn.transformer_block",),
+    Case(at_rest(block_layer()), {"x": Arg("activations", (6, 3, 4))}, covers=("nn.transformer_block",),
          name="transformer_block", **ROWS),
     Case(bridged, {"x": Arg("activations", (6, 3))}, covers=("nn.to_nnx",), name="to_nnx", **ROWS),
     Case(language, {"x": Arg("activations", (5, 4)), "tokens": Arg("index", (2, 3), high=5)}, wrt=("x",),
          covers=("nn.causal_transformer",), name="causal_transformer", helper=True),
+    Case(computed, {"x": Arg("activations", (6, 3))}, covers=("nn.with_compute_dtype",), name="computed", **ROWS),
     Case(nn.random_shift, {"key": Arg("key"), **IMAGES}, wrt=("x",), helper=True),
     Case(nn.random_affine, {"key": Arg("key"), **IMAGES}, wrt=("x",), helper=True),
     Case(lambda key, x: nn.with_augmentation(Layer(lambda key: {}, lambda p, x: x), nn.random_shift).apply(

@@ -2,8 +2,13 @@
 
 The paper trains ResNet-18 on CIFAR and others; here a small network learns from handwritten digits without labels, from
 two noisy and masked views of each. Accuracy of a vote of the 20 nearest neighbours. Both losses choose from the same
-four temperatures on the validation set. What the paper finds on the way, the uniformity that falls and the tolerance
-that rises with the temperature, is recorded beside it.
+six pairs of learning rate and temperature on the validation set, where a collapsed embedding cannot be chosen. What the
+paper finds on the way, the uniformity that falls and the tolerance that rises with the temperature, stands beside it.
+
+The paper's share alpha keeps 4095 negatives of a memory bank of some 50000. A tenth of a batch of 128 is 13, and where
+these are nearer than the other view, they collapse the embedding at any temperature: that is what views shifted by a
+pixel did in an earlier form of this claim (verdict `invalid`). Hence views without shifts, for both losses; they were
+chosen on other seeds, by whether the hard loss collapses.
 """
 
 from __future__ import annotations
@@ -16,68 +21,73 @@ import numpy as np
 import optax
 
 from jaxlab.claims.common import accuracy, digits, train
-from jaxlab.claims.contrastive.groco import views
 from jaxlab.claims.harness import Outcome
 from jaxlab.contrastive import hard_contrastive_loss, tolerance, uniformity
 from jaxlab.ops.layers import mlp
 from jaxlab.ops.neighbours import weighted_knn
 
 NET = mlp([128, 32])
-TEMPERATURES = (0.07, 0.2, 0.5, 1.0)
+CONFIGURATIONS = [(rate, temperature) for rate in (1e-3, 3e-3) for temperature in (0.1, 0.3, 1.0)]
+ALPHAS = {"hard": 0.1, "InfoNCE": 1.0}
+COLLAPSED = -0.5  # uniformity; evenly spread embeddings have nearly -4, equal ones 0
+
+
+def views(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns two views [2, N, 64]: a tenth of the pixels off, a little noise."""
+    key_drop, key_noise = jax.random.split(key)
+    kept = jax.random.bernoulli(key_drop, 0.9, (2, *x.shape))
+    return x[None] * kept + 0.1 * jax.random.normal(key_noise, kept.shape)
 
 
 def claim(*, seeds: Sequence[int], smoke: bool = False) -> Outcome:
     """Returns the 20-nearest-neighbour accuracy on the test set after training without labels."""
-    steps, batch, temperatures = (60, 64, TEMPERATURES[1:2]) if smoke else (300, 128, TEMPERATURES)
+    steps, batch, configurations = (10, 32, CONFIGURATIONS[:1]) if smoke else (200, 128, CONFIGURATIONS)
     splits = [digits(seed) for seed in seeds]
     train_set, val, test = ({n: jnp.stack([s[i][n] for s in splits]) for n in ("x", "y")} for i in range(3))
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
-    @jax.jit
-    def run(alpha_is_one, temperatures, keys, train_set, val, test):
-        def one(temperature, key, train_set, val, test):
-            def loss(params, batch, key):
-                a, b = jax.vmap(lambda view: NET.apply(params, view))(views(key, batch["x"]))
-                # Both directions, of either loss: one program serves the two arms.
-                hard, plain = (
-                    hard_contrastive_loss(a, b, alpha=alpha, temperature=temperature)
-                    + hard_contrastive_loss(b, a, alpha=alpha, temperature=temperature)
-                    for alpha in (0.1, 1.0)
-                )
-                return jnp.where(alpha_is_one, plain, hard) / 2
+    def one(rate, temperature, key, train_set, val, test, *, alpha):
+        centre = jnp.mean(train_set["x"], axis=0)[None]
 
-            key_init, key_train = jax.random.split(key)
-            params, _ = train(
-                loss,
-                NET.init(key_init, 64),
-                {"x": train_set["x"]},
-                optimizer=optax.adam(3e-3),
-                steps=steps,
-                batch=batch,
-                key=key_train,
-            )
-            bank, both = NET.apply(params, train_set["x"]), jnp.concatenate([val["x"], test["x"]])
-            z = NET.apply(params, both)
-            votes = weighted_knn(z, bank, train_set["y"], num_classes=10)
-            half = len(val["x"])
-            metrics = uniformity(z[half:]), tolerance(z[half:], test["y"])
-            return accuracy(votes[:half], val["y"]), accuracy(votes[half:], test["y"]), *metrics
+        def embed(params, x):
+            return NET.apply(params, x - centre)
 
-        over_seeds = jax.vmap(one, in_axes=(None, 0, 0, 0, 0))
-        return jax.vmap(over_seeds, in_axes=(0, None, None, None, None))(temperatures, keys, train_set, val, test)
+        def loss(params, batch, key):
+            a, b = jax.vmap(lambda view: embed(params, view))(views(key, batch["x"]))
+            options = {"alpha": alpha, "temperature": temperature}
+            return (hard_contrastive_loss(a, b, **options) + hard_contrastive_loss(b, a, **options)) / 2
 
+        key_init, key_train = jax.random.split(key)
+        params, _ = train(
+            loss,
+            NET.init(key_init, 64),
+            {"x": train_set["x"]},
+            optimizer=optax.adam(rate),
+            steps=steps,
+            batch=batch,
+            key=key_train,
+        )
+        bank, both = embed(params, train_set["x"]), embed(params, jnp.concatenate([val["x"], test["x"]]))
+        votes, half = weighted_knn(both, bank, train_set["y"], num_classes=10), len(val["x"])
+        metrics = uniformity(both[:half]), uniformity(both[half:]), tolerance(both[half:], test["y"])
+        return accuracy(votes[:half], val["y"]), accuracy(votes[half:], test["y"]), *metrics
+
+    rates, temperatures = jnp.array(configurations).T
     arms, learnt, secondary = {}, {}, {}
-    for name, plain in {"hard": False, "InfoNCE": True}.items():
-        results = run(plain, jnp.asarray(temperatures), keys, train_set, val, test)
-        on_val, on_test, uniform, tolerant = (np.asarray(r) for r in results)
-        best = int(on_val.mean(axis=1).argmax())
-        # Neighbours in a collapsed embedding are nearly those of the pixels, so accuracy alone does not show learning.
-        spread = smoke or bool(uniform[best].max() < -0.1)
-        arms[name], learnt[name] = on_test[best].tolist(), spread and bool(on_test[best].min() > 0.5)
+    for name, alpha in ALPHAS.items():
+        over_seeds = jax.vmap(lambda *args, alpha=alpha: one(*args, alpha=alpha), in_axes=(None, None, 0, 0, 0, 0))
+        run = jax.jit(jax.vmap(over_seeds, in_axes=(0, 0, None, None, None, None)))
+        results = run(rates, temperatures, keys, train_set, val, test)
+        on_val, on_test, val_uniform, uniform, tolerant = (np.asarray(r) for r in results)
+        spread = val_uniform.max(axis=1) < COLLAPSED
+        best = int(np.where(spread, on_val.mean(axis=1), -1.0).argmax())
+        arms[name] = on_test[best].tolist()
+        learnt[name] = bool(spread[best] and on_test[best].min() > 0.5)
         secondary[name] = {
-            "temperature": temperatures[best],
-            "accuracy at each temperature": on_test.mean(axis=1).tolist(),
-            "uniformity at each temperature": uniform.mean(axis=1).tolist(),
-            "tolerance at each temperature": tolerant.mean(axis=1).tolist(),
+            "rate and temperature": configurations[best],
+            "accuracy at each": on_test.mean(axis=1).tolist(),
+            "uniformity at each": uniform.mean(axis=1).tolist(),
+            "tolerance at each": tolerant.mean(axis=1).tolist(),
         }
+    secondary["rates and temperatures"] = configurations
     return Outcome(arms=arms, learnt=learnt, secondary=secondary, data="scikit-learn digits, without labels")
