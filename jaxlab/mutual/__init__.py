@@ -31,6 +31,18 @@ from jaxlab.mutual.counter_current import (
     counter_current_sgd,
 )
 from jaxlab.mutual.deep_mutual_learning import deep_mutual_learning, mutual_kl, mutual_objective
+from jaxlab.mutual.gl_dmnet import (
+    cascade_decoder,
+    channel_mutual_fusion,
+    e_measure,
+    gl_dmnet,
+    max_f_beta,
+    position_mutual_fusion,
+    s_measure,
+    saliency_loss,
+    saliency_mae,
+    soft_iou,
+)
 from jaxlab.mutual.mean_teacher import MeanTeacherState, consistency_loss, mean_teacher, ramp_up
 from jaxlab.mutual.peers import peers
 from jaxlab.mutual.queaco import (
@@ -49,7 +61,9 @@ __all__ = [
     "QueacoState",
     "balance_pool",
     "bio_spans",
+    "cascade_decoder",
     "cbam",
+    "channel_mutual_fusion",
     "cluster_pseudo_labels",
     "comd",
     "comd_losses",
@@ -65,7 +79,10 @@ __all__ = [
     "counter_current_sgd",
     "debiased_gap",
     "deep_mutual_learning",
+    "e_measure",
     "feedback_product",
+    "gl_dmnet",
+    "max_f_beta",
     "mean_teacher",
     "mutual_kl",
     "mutual_mean_teaching",
@@ -73,10 +90,15 @@ __all__ = [
     "nonlocal_block",
     "normalize_values",
     "peers",
+    "position_mutual_fusion",
     "queaco",
     "ramp_up",
     "refine_weak_labels",
     "remove_duplicates",
+    "s_measure",
+    "saliency_loss",
+    "saliency_mae",
+    "soft_iou",
     "soft_triplet_loss",
     "span_f1",
     "split_by_gap",
