@@ -148,7 +148,7 @@ def _row(name: str, size: int, width: int, rounds: int, timed: Mapping[str, bool
         "quartiles": quartiles,
         "peer": "padded to the longest bag",
         "peer_ms": medians["padded"],
-        "ratio": round(medians["list"] / medians["padded"], 3) if both else None,
+        "ratio": round(medians["list"] / medians["padded"], 3) if both else None,  # pyright: ignore
         "ceiling_ms": None,
         "ceiling_fraction": None,
         "work_ratio": round(len(counts) * max(counts) / size, 3),
@@ -204,7 +204,7 @@ def _torch_loop_ms(name: str, x: np.ndarray, counts: Sequence[int], rounds: int)
     """Returns the same of a PyTorch loop over the bags, for attention pooling alone; None without PyTorch."""
     if name != "abmil" or importlib.util.find_spec("torch") is None:
         return None
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     hidden, score, head = (
         torch.nn.Linear(x.shape[1], 128, False),

@@ -331,7 +331,7 @@ def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
 def _patches(side: int = 16) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns grey patches of photographs [M, 16, 16, 1] and which photograph: left three quarters, and right."""
     try:
-        from skimage import color, data
+        from skimage import color, data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("--pictures skimage needs scikit-image: pip install scikit-image") from error
     pools: list[list[tuple[np.ndarray, int]]] = [[], []]

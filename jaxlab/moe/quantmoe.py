@@ -334,13 +334,13 @@ def allocate_bits(
         >>> allocate_bits([1.0, 5.0, 3.0], [10, 10, 20], budget=3.0).tolist()
         [4, 4, 2]
     """
-    scores, sizes = np.asarray(scores, np.float64), np.asarray(sizes, np.int64)
+    scores, sizes = np.asarray(scores, np.float64), np.asarray(sizes, np.int64)  # pyright: ignore[reportAssignmentType]
     if scores.ndim != 1 or scores.shape != sizes.shape:
         raise ValueError(f"scores and sizes must both be [N], got {scores.shape} and {sizes.shape}")
     if not low < high or budget < low:
         raise ValueError(f"low={low} must be less than high={high} and at most budget={budget}")
     bits, spare = np.full(len(scores), low), (budget - low) * sizes.sum()
-    for i in np.argsort(-scores, kind="stable"):
+    for i in np.argsort(-scores, kind="stable"):  # pyright: ignore[reportOperatorIssue]
         if (high - low) * sizes[i] <= spare + 1e-9:
             bits[i] = high
             spare -= (high - low) * sizes[i]

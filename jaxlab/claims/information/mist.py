@@ -6,6 +6,8 @@ four kinds, one of them under asinh, which no training sample has. The network's
 neighbours of KSG (four) are chosen on other samples of the training kinds.
 """
 
+# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
