@@ -25,6 +25,15 @@ from jaxlab.moe.enforced_moe import (
 )
 from jaxlab.moe.exchange import exchange_bytes
 from jaxlab.moe.experts import Experts, layer_experts, swiglu_experts, upcycle
+from jaxlab.moe.growing_transformers import (
+    active_mask,
+    average_logits,
+    codepoint_embedding,
+    compose_experts,
+    glyph_embedding,
+    grow,
+    train_active,
+)
 from jaxlab.moe.health import RouterHealth, router_health
 from jaxlab.moe.layer import moe_layer
 from jaxlab.moe.mc_smoe import (
@@ -111,9 +120,11 @@ __all__ = [
     "OutputProfile",
     "RouterHealth",
     "SlotPlan",
+    "active_mask",
     "allocate_bits",
     "attention_sink_score",
     "average_bits",
+    "average_logits",
     "avg_k_scores",
     "balanced_hash",
     "balanced_kmeans",
@@ -122,7 +133,9 @@ __all__ = [
     "block_predictor",
     "capacity",
     "cocitation_pairs",
+    "codepoint_embedding",
     "comet_gate",
+    "compose_experts",
     "dense_to_emoe",
     "dense_weights",
     "drop_rate",
@@ -137,10 +150,12 @@ __all__ = [
     "f1_max",
     "fake_quantize",
     "fisher_kurtosis",
+    "glyph_embedding",
     "gptq",
     "group_dispatch",
     "group_experts",
     "groups_per_layer",
+    "grow",
     "hard_permutation",
     "hash_router",
     "imbalance_score",
@@ -196,6 +211,7 @@ __all__ = [
     "swiglu_experts",
     "taxonomy",
     "top_k_router",
+    "train_active",
     "upcycle",
     "update_bias",
     "update_hessian",
