@@ -122,6 +122,7 @@ from jaxlab.moe.super_experts import (
     sink_rate,
     super_expert_mask,
 )
+from jaxlab.moe.t2mir import router_contrastive_loss, router_representation, t2mir_ffn
 
 __all__ = [
     "Experts",
@@ -215,7 +216,9 @@ __all__ = [
     "reachability_penalty",
     "relu_penalty",
     "relu_router",
+    "router_contrastive_loss",
     "router_health",
+    "router_representation",
     "router_similarity",
     "router_z_loss",
     "selector_entropy",
@@ -229,6 +232,7 @@ __all__ = [
     "squared_variation",
     "super_expert_mask",
     "swiglu_experts",
+    "t2mir_ffn",
     "taxonomy",
     "top_k_router",
     "train_active",
