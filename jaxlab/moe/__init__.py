@@ -36,6 +36,7 @@ from jaxlab.moe.growing_transformers import (
 )
 from jaxlab.moe.health import RouterHealth, router_health
 from jaxlab.moe.layer import moe_layer
+from jaxlab.moe.m2mkd import assemble, hybrid_forward, m2mkd, m2mkd_loss, split_stages
 from jaxlab.moe.mc_smoe import (
     group_experts,
     groups_per_layer,
@@ -134,6 +135,7 @@ __all__ = [
     "SlotPlan",
     "active_mask",
     "allocate_bits",
+    "assemble",
     "attention_sink_score",
     "average_bits",
     "average_logits",
@@ -174,6 +176,7 @@ __all__ = [
     "gw_gradient",
     "hard_permutation",
     "hash_router",
+    "hybrid_forward",
     "imbalance_score",
     "importance_loss",
     "init_lora",
@@ -184,6 +187,8 @@ __all__ = [
     "load_balancing_loss",
     "load_loss",
     "low_rank_sparse",
+    "m2mkd",
+    "m2mkd_loss",
     "massive_activations",
     "match_neurons",
     "merge_experts",
@@ -229,6 +234,7 @@ __all__ = [
     "smear_merge",
     "soft_router",
     "specified_expert_loss",
+    "split_stages",
     "squared_variation",
     "super_expert_mask",
     "swiglu_experts",
