@@ -6,7 +6,7 @@ four kinds, one of them under asinh, which no training sample has. The network's
 neighbours of KSG (four) are chosen on other samples of the training kinds.
 """
 
-# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
