@@ -5,8 +5,9 @@ or `jensen_shannon_bound` (stable, no estimate itself), and report with `smile_e
 `nwj_bound` are for large batches. Without a critic: `ksg_information` (neighbours), `cs_mutual_information` (kernels),
 `mist` (a network trained once). `gaussian_mutual_information` and `sample_information_task` are truths to test against.
 `wpc_loss` is InfoNCE with a critic held to be 1-Lipschitz: take it where encoders are to keep many factors and batches
-are small. `cs_ib_loss` is the bottleneck for regression. `cmim_loss` is an auto-encoder whose codes serve linear
-readers, `ridge_probe` or `logistic_probe`.
+are small. `cs_ib_loss` is the bottleneck for regression. `mcr_loss` trains several modalities without one outrunning
+the others, `m3i_loss` on several targets at once. `cmim_loss` is an auto-encoder whose codes serve linear readers,
+`ridge_probe` or `logistic_probe`.
 """
 
 from jaxlab.information.bounds import (
@@ -37,6 +38,7 @@ from jaxlab.information.cs_ib import (
     median_bandwidth,
     pgd,
 )
+from jaxlab.information.m3i import TargetSpec, log_likelihood, m3i_loss, patch_mix, special_case
 from jaxlab.information.mi_benchmarks import (
     additive_noise_information,
     covariance_information,
@@ -62,6 +64,7 @@ from jaxlab.information.wasserstein_dependency import (
 )
 
 __all__ = [
+    "TargetSpec",
     "additive_noise_information",
     "batch_size_sensitivity",
     "bootstrap_interval",
@@ -87,7 +90,9 @@ __all__ = [
     "jensen_shannon_divergence",
     "ksg_information",
     "label_contrastive_loss",
+    "log_likelihood",
     "logistic_probe",
+    "m3i_loss",
     "mcr_loss",
     "median_bandwidth",
     "mim_loss",
@@ -98,11 +103,13 @@ __all__ = [
     "monotone_map",
     "nwj_bound",
     "ogm_coefficients",
+    "patch_mix",
     "pgd",
     "pool_hidden",
     "ridge_probe",
     "sample_information_task",
     "smile_estimate",
+    "special_case",
     "wasserstein_dependency",
     "wasserstein_dual_bound",
     "wpc_loss",
