@@ -7,7 +7,7 @@ or `jensen_shannon_bound` (stable, no estimate itself), and report with `smile_e
 `wpc_loss` is InfoNCE with a critic held to be 1-Lipschitz: take it where encoders are to keep many factors and batches
 are small. `cs_ib_loss` is the bottleneck for regression. `mcr_loss` trains several modalities without one outrunning
 the others, `m3i_loss` on several targets at once. `cmim_loss` is an auto-encoder whose codes serve linear readers,
-`ridge_probe` or `logistic_probe`.
+`ridge_probe` or `logistic_probe`. `mlc_loss` clusters and makes clusters linear by `coding_rate`.
 """
 
 from jaxlab.information.bounds import (
@@ -39,6 +39,7 @@ from jaxlab.information.cs_ib import (
     pgd,
 )
 from jaxlab.information.m3i import TargetSpec, log_likelihood, m3i_loss, patch_mix, special_case
+from jaxlab.information.manifold_clustering import mlc_loss, mlc_membership, spectral_clustering
 from jaxlab.information.mi_benchmarks import (
     additive_noise_information,
     covariance_information,
@@ -56,6 +57,13 @@ from jaxlab.information.multimodal_competition import (
     ogm_coefficients,
 )
 from jaxlab.information.probes import logistic_probe, ridge_probe
+from jaxlab.information.rate_reduction import (
+    class_coding_rate,
+    coding_length,
+    coding_rate,
+    rate_reduction_loss,
+    total_coding_rate_loss,
+)
 from jaxlab.information.wasserstein_dependency import (
     gradient_penalty,
     wasserstein_dependency,
@@ -68,8 +76,11 @@ __all__ = [
     "additive_noise_information",
     "batch_size_sensitivity",
     "bootstrap_interval",
+    "class_coding_rate",
     "cmim_contrastive_loss",
     "cmim_loss",
+    "coding_length",
+    "coding_rate",
     "competition_loss",
     "conditional_cs_divergence",
     "contrastive_weights",
@@ -99,6 +110,8 @@ __all__ = [
     "mist",
     "mist_interval",
     "mist_loss",
+    "mlc_loss",
+    "mlc_membership",
     "modality_contributions",
     "monotone_map",
     "nwj_bound",
@@ -106,10 +119,13 @@ __all__ = [
     "patch_mix",
     "pgd",
     "pool_hidden",
+    "rate_reduction_loss",
     "ridge_probe",
     "sample_information_task",
     "smile_estimate",
     "special_case",
+    "spectral_clustering",
+    "total_coding_rate_loss",
     "wasserstein_dependency",
     "wasserstein_dual_bound",
     "wpc_loss",
