@@ -167,6 +167,9 @@ def sample_information_task(
         # (x, y) = loadings of 2 size common factors, and independent noise.
         loadings = strength * jax.random.uniform(keys[0]) * jax.random.normal(keys[1], (2 * size, 2 * size))
         covariance = jnp.matmul(loadings, loadings.T) + jnp.eye(2 * size)
+        # Unit variances, or the scale of the coordinates would give the strength of their dependence away.
+        scale = jnp.sqrt(jnp.diagonal(covariance))
+        covariance = covariance / (scale[:, None] * scale[None, :])
         root = jnp.linalg.cholesky(covariance)
         sample = jnp.matmul(jax.random.normal(keys[2], (rows, 2 * size)), root.T)
         degrees = None
