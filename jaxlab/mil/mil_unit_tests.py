@@ -370,22 +370,32 @@ def _logit_of_product(logits: Array) -> Array:
 
 
 def _neighbour_mean(x: Array, bags: Bags, k: int) -> Array:
-    """The mean over each instance's k nearest of the same bag; a list is one long row with a mask of pairs."""
+    """The mean over each instance's k nearest of the same bag; a list is one long row of several bags."""
     rows, keep = (x, bags.keep) if bags.segment_ids is None else (x[None], bags.keep[None])
+    ids = jnp.zeros(keep.shape, jnp.int32) if bags.segment_ids is None else bags.segment_ids[None]
     n = rows.shape[1]
-    pairs = keep[:, :, None] & keep[:, None, :] & jnp.logical_not(jnp.eye(n, dtype=bool))[None]
-    if bags.segment_ids is not None:
-        pairs = pairs & (bags.segment_ids[:, None] == bags.segment_ids[None, :])[None]
     wide = jax.lax.stop_gradient(rows.astype(compute_dtype(x)))
-    square = jnp.sum(wide * wide, axis=-1)
-    distance = square[:, :, None] + square[:, None, :] - 2 * jnp.einsum("bid,bjd->bij", wide, wide)
-    _, index = jax.lax.top_k(jnp.where(pairs, -distance, -jnp.inf), min(k, n))
-    real = jnp.take_along_axis(pairs, index, axis=2)
+
+    def nearest(row, keep, ids):
+        square = jnp.sum(row * row, axis=-1)
+
+        def of(i):
+            distance = square[i] + square - 2 * jnp.matmul(row, row[i])
+            other = keep & keep[i] & (ids == ids[i]) & (jnp.arange(n) != i)
+            nearness, index = jax.lax.top_k(jnp.where(other, -distance, -jnp.inf), min(k, n))
+            return index, nearness > -jnp.inf
+
+        # Blocks of instances, so that memory does not grow with the square of the bag.
+        everyone = jnp.arange(n)
+        return jax.vmap(of)(everyone) if n <= _BLOCK else jax.lax.map(of, everyone, batch_size=_BLOCK)
+
+    index, real = jax.vmap(nearest)(wide, keep, ids)
     near = jax.vmap(lambda row, i: row[i])(rows, index)
     mean = masked_mean(near, real, axis=2).astype(x.dtype)
     return mean if bags.segment_ids is None else mean[0]
 
 
+_BLOCK = 256
 _PADDING, _POISON = -1, 3
 
 

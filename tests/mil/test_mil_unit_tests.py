@@ -1,5 +1,8 @@
 """The synthetic sets against their definitions, the monotone and the graph model against loops, and the test itself."""
 
+import json
+from importlib import resources
+
 import conformance
 import jax
 import jax.numpy as jnp
@@ -209,6 +212,18 @@ def test_the_auc_is_of_all_bags(drawn):
     for name, bags in (("train_auc", train), ("test_auc", test)):
         scores = [x[keep].mean(0) @ fixed for x, keep in zip(bags["x"], bags["where"], strict=True)]
         np.testing.assert_allclose(got[name], roc_auc_score(bags["y"], scores), atol=1e-4)
+
+
+def test_the_table_of_the_familys_page_is_that_of_the_record():
+    """Mean test AUC of every model and whether it respects the assumption, as the claim recorded them."""
+    record = json.loads(resources.files("jaxlab").joinpath("claims/mil/mil_unit_tests.json").read_text())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in mil.__doc__.splitlines() if "|" in line]
+    head, _, *rows = rows
+    table = record["secondary"]["mean test AUC"]
+    assert [row[0] for row in rows] == list(table) and head[-1] == "respects the assumption"
+    for name, *cells, respects in rows:
+        assert cells == [f"{table[name][test]:.2f}" for test in head[1:-1]]
+        assert respects == ("yes" if table[name]["respects the assumption"] else "no")
 
 
 def test_refuses(drawn):
