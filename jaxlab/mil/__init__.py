@@ -9,6 +9,31 @@ vector 0, hence the head's bias as logits (`transmil`: what the class token alon
 Start with `abmil`, inside `with_encoder` if the features are raw, and `bag_auc`; a list of bags of very different sizes
 needs memory for its instances alone (`jaxlab bench mil`). `jaxlab train mil --model NAME` trains any of them on bags of
 real pictures and draws what it attends to.
+
+Who respects the assumption that a bag is positive because of what it holds? Mean AUC on the test bags of the three
+algorithmic unit tests (`mil_unit_tests`), as its claim recorded it: below 0.5 a model has learnt the reverse, 0.5 is a
+task that it cannot express. Models without "yes" can be wrong in a way that training bags do not show. The first seven
+rows are means of five seeds, the others rest on one.
+
+| model | single concept | multi concept | false frequency | respects the assumption |
+| --- | ---: | ---: | ---: | --- |
+| mi-Net | 0.92 | 0.69 | 0.50 | yes |
+| product of concepts | 0.97 | 0.85 | 0.52 | yes |
+| MI-Net | 0.00 | 0.00 | 0.97 | no |
+| ABMIL | 0.00 | 0.00 | 0.12 | no |
+| TransMIL | 0.00 | 0.00 | 0.00 | no |
+| GNN-MIL | 0.00 | 0.30 | 0.00 | no |
+| Hopfield | 0.28 | 0.17 | 0.40 | no |
+| least of concepts | 0.92 | 0.78 | 0.49 | yes |
+| mean | 0.00 | 0.15 | 0.01 | no |
+| gated ABMIL | 0.00 | 0.00 | 0.48 | no |
+| DSMIL | 0.03 | 0.00 | 1.00 | no |
+| Deep Sets | 0.00 | 0.04 | 0.01 | no |
+| R2T, ABMIL | 0.00 | 0.00 | 0.00 | no |
+| MambaMIL | 0.00 | 0.00 | 0.47 | no |
+| MHIM-MIL, ABMIL | 0.70 | 0.42 | 0.17 | no |
+| MHIM v2, ABMIL | 0.83 | 0.49 | 0.51 | yes |
+| INS | 0.93 | 0.82 | 0.46 | yes |
 """
 
 from jaxlab.mil.aggregate_responses import (
