@@ -121,7 +121,7 @@ class Mil(Recipe):
         from jaxlab.engine import guard
         from jaxlab.engine.checkpoint import Checkpoints
 
-        with np.load(Path(self.prepared().data) / "test.npz") as file:
+        with np.load(Path(self.prepared().data) / "test.npz", allow_pickle=False) as file:
             bags = {name: file[name] for name in file.files}
         learner = self.learner(2, self.steps)
         example = {"x": bags["x"][:1], "y": bags["y"][:1], "where": np.ones(1, bool), "index": np.zeros(1, np.int32)}

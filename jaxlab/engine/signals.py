@@ -37,7 +37,8 @@ class Stop:
                 self._reader, self._writer = socket.socketpair()
                 self._writer.setblocking(False)
                 self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-                threading.Thread(target=self._watch, daemon=True).start()
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,6 +50,8 @@ class Stop:
             if self.grace > 0:
                 signal.set_wakeup_fd(self._wakeup)
                 self._writer.close()
+                self._watcher.join()
+                self._reader.close()  # not before: a second signal would find nobody at the other end
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -56,9 +59,8 @@ class Stop:
         self.requested = True
 
     def _watch(self) -> None:
-        with self._reader:
-            if not self._reader.recv(1):
-                return
+        if not self._reader.recv(1):
+            return
         if not self._over.wait(self.grace):
             print(
                 f"jaxlab: {self.grace:g} s of grace are over; the last checkpoint stands", file=sys.stderr, flush=True

@@ -53,8 +53,8 @@ def abmil(
     Example:
         >>> model = abmil(2)
         >>> params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), 3)
-        >>> jax.jit(model.apply)(params, jnp.ones((4, 5, 3)))["attention"][0].round(2).tolist()
-        [0.2, 0.2, 0.2, 0.2, 0.2]
+        >>> jax.jit(model.apply)(params, jnp.ones((4, 5, 3)))["attention"].shape
+        (4, 5)
 
     Source:
         Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, arXiv 1802.04712, eqs. 7 to 9 (no

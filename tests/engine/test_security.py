@@ -9,7 +9,10 @@ SOURCES = sorted(Path(jaxlab.__file__).parent.rglob("*.py"))
 
 
 def test_nothing_is_unpickled_or_evaluated():
-    bad = re.compile(r"\b(pickle|dill|marshal|shelve)\b|allow_pickle\s*=\s*True|(?<![.\w])(eval|exec)\(|yaml\.load\(")
+    unsafe = r"(pickle|cPickle|dill|marshal|shelve)\b"
+    bad = re.compile(
+        rf"\b(import|from)\s+{unsafe}|\bpickle\.|allow_pickle\s*=\s*True|(?<![.\w])(eval|exec)\(|yaml\.load\("
+    )
     found = [
         f"{path.name}:{number}: {line.strip()}"
         for path in SOURCES
