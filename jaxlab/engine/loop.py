@@ -26,7 +26,8 @@ from jaxlab.engine.errors import BadNumbersError, InputError
 from jaxlab.engine.log import MetricsLog, Progress, plain, read_rows
 from jaxlab.engine.mesh import batch_sharding, check_divides, make_mesh, state_shardings
 from jaxlab.engine.plots import save_plots
-from jaxlab.engine.recipes import Recipe, from_config
+from jaxlab.engine.recipe import Recipe
+from jaxlab.engine.recipes import from_config
 from jaxlab.engine.signals import Stop
 from jaxlab.types import Learner
 

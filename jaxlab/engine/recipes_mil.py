@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlab.engine import data as data_source
 from jaxlab.engine.errors import InputError, did_you_mean
-from jaxlab.engine.recipes import RECIPES, Recipe
+from jaxlab.engine.recipe import Recipe
 from jaxlab.types import Layer, Learner
 
 PICTURES = ("digits", "skimage")
@@ -139,9 +139,6 @@ class Mil(Recipe):
             margins.append(margin[batch["where"]])
             instances.append(out["instance"][batch["where"]])
         return {"margin": np.concatenate(margins), "instance": np.concatenate(instances)}, bags
-
-
-RECIPES[Mil.name] = Mil
 
 
 def models() -> dict[str, Callable[..., tuple[Learner, Callable]]]:

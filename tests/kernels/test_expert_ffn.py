@@ -353,6 +353,7 @@ def test_errors():
 
 def test_a_named_kernel_that_cannot_run_here_raises():
     x, weights, plan = jnp.zeros((T, D)), draw_weights(), make_plan(random_assignments())
+    # The error is that of JAX's lowering, which alone knows for which platform the program is.
     with pytest.raises(NotImplementedError, match="platform"):
         jax.jit(lambda x: expert_ffn(x, weights, plan, implementation="pallas"))(x)
 
