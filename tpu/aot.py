@@ -66,10 +66,7 @@ def report(recipe, target: str, image: tuple[int, ...], classes: int) -> dict:
     def placed(tree, where):
         return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), tree, where)
 
-    def step(carry, batch, number):
-        key = jax.random.fold_in(jax.random.key(recipe.seed), number)
-        return guard.guarded(learner.update, limit=recipe.bad_steps)(carry, batch, key)
-
+    step = guard.train_step(learner, seed=recipe.seed, limit=recipe.bad_steps)
     whole = NamedSharding(mesh, P())
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(places, whole)).lower(
         placed(carry, places),

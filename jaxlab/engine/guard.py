@@ -66,3 +66,13 @@ def guarded(update: Callable[..., tuple[Any, dict]], *, limit: int) -> Callable[
         return Guarded(learner, skipped, in_row), {**metrics, "bad": jnp.stack([first, in_row, skipped])}
 
     return step
+
+
+def train_step(learner: Any, *, seed: int, limit: int) -> Callable[..., tuple[Guarded, dict]]:
+    """Returns `carry, metrics = step(carry, batch, number)`; its key is that of the seed and the number."""
+    update = guarded(learner.update, limit=limit)
+
+    def step(carry: Guarded, batch: Any, number: jax.Array) -> tuple[Guarded, dict]:
+        return update(carry, batch, jax.random.fold_in(jax.random.key(seed), number + 1))
+
+    return step

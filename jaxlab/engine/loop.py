@@ -151,10 +151,6 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile
     def init(key):
         return guard.start(learner.init(key, example))
 
-    def step_of(carry, batch, step):
-        key = jax.random.fold_in(root, step + 1)
-        return guard.guarded(learner.update, limit=recipe.bad_steps)(carry, batch, key)
-
     shape = jax.eval_shape(init, root)
     places = None if mesh is None else state_shardings(shape, mesh, fsdp=recipe.shard == "fsdp")
     goes_on = resume and checkpoints.latest() is not None
@@ -162,13 +158,15 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile
         start, carry = checkpoints.restore(_placed(shape, places))
     else:
         start, carry = 0, jax.jit(init, out_shardings=places)(root)
-    names = list(guard.checked(shape.learner, jax.eval_shape(step_of, shape, example, np.int32(0))[1]))
     place = None if mesh is None else batch_sharding(mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    step_function = jax.jit(step_of, donate_argnums=0, out_shardings=None if mesh is None else (places, everywhere))
+    step_function = guard.train_step(learner, seed=recipe.seed, limit=recipe.bad_steps)
+    step_function = jax.jit(
+        step_function, donate_argnums=0, out_shardings=None if mesh is None else (places, everywhere)
+    )
     profiler = Profiler(run_dir / "profile" if profile and processes.index() == 0 else None, start)
     log = MetricsLog(run_dir, resume_step=start if resume else None) if processes.index() == 0 else None
-    report = Reporter(names, log, progress, recipe)
+    report = Reporter(log, progress, recipe)
     progress.start = start
     step, run_step = start, None
     try:
@@ -177,7 +175,7 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile
             batch = jax.tree.map(lambda x: _shared_out(x, place), batch)
             number = _shared_out(np.int32(step), everywhere)
             if run_step is None:
-                run_step, cost = _compiled(step_function, carry, batch, number)
+                run_step, cost, report.names = _compiled(step_function, carry, batch, number)
                 progress.say(f"compiled in {time.monotonic() - began:.0f} s: {cost}")
                 progress.began = time.monotonic()
             profiler.before(step)
@@ -209,14 +207,16 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile
 
 
 def _compiled(step_function, carry, batch, number):
-    """Compiles the step; returns it and what the compiler says of its work and memory on one device, in words."""
-    compiled = step_function.lower(carry, batch, number).compile()
+    """Compiles the step; also returns its work and memory on one device, in words, and the leaves that it checks."""
+    traced = step_function.trace(carry, batch, number)
+    compiled = traced.lower().compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
     memory = compiled.memory_analysis()
     state, temporary = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
     words = f"{flops / 1e9:.2f} GFLOP a step, {state:.1f} MiB of state and batch, {temporary:.1f} MiB of temporaries"
     # To find a NaN, JAX has to run the function itself, operation by operation.
-    return (step_function if jax.config.jax_debug_nans else compiled), words
+    new, metrics = traced.out_info
+    return (step_function if jax.config.jax_debug_nans else compiled), words, list(guard.checked(new.learner, metrics))
 
 
 class Profiler:
@@ -256,7 +256,6 @@ class Reporter:
     """Writes rows and complains of bad steps once the device has their numbers, so that no step waits for the host.
 
     Args:
-        names: of the leaves that the entry `bad` of the metrics numbers.
         log: where the rows go; None in processes that write nothing.
         progress: where lines go.
         recipe: knows how often a row is due, and how many bad steps in a row are too many.
@@ -264,8 +263,9 @@ class Reporter:
 
     AHEAD = 16
 
-    def __init__(self, names: list[str], log: MetricsLog | None, progress: Progress, recipe: Recipe):
-        self.names, self.log, self.progress, self.recipe = names, log, progress, recipe
+    def __init__(self, log: MetricsLog | None, progress: Progress, recipe: Recipe):
+        self.log, self.progress, self.recipe = log, progress, recipe
+        self.names: list[str] = []  # of the leaves that the entry `bad` of the metrics numbers, once there is a step
         self.waiting: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
