@@ -66,7 +66,7 @@ def report(recipe, target: str, image: tuple[int, ...], classes: int) -> dict:
     def placed(tree, where):
         return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), tree, where)
 
-    step = guard.train_step(learner, seed=recipe.seed, limit=recipe.bad_steps)
+    step = guard.train_step(learner, seed=recipe.seed, limit=recipe.bad_steps, mesh=mesh)
     whole = NamedSharding(mesh, P())
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(places, whole)).lower(
         placed(carry, places),

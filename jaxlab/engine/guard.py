@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlab.engine.checkpoint import leaf_paths
 
@@ -68,11 +70,15 @@ def guarded(update: Callable[..., tuple[Any, dict]], *, limit: int) -> Callable[
     return step
 
 
-def train_step(learner: Any, *, seed: int, limit: int) -> Callable[..., tuple[Guarded, dict]]:
-    """Returns `carry, metrics = step(carry, batch, number)`; its key is that of the seed and the number."""
+def train_step(learner: Any, *, seed: int, limit: int, mesh: Mesh | None = None) -> Callable[..., tuple[Guarded, dict]]:
+    """Returns `carry, metrics = step(carry, batch, number)`; its key is that of the seed and the number.
+
+    With a mesh the step is traced under it, so that the kernels know that the compiler will spread them.
+    """
     update = guarded(learner.update, limit=limit)
 
     def step(carry: Guarded, batch: Any, number: jax.Array) -> tuple[Guarded, dict]:
-        return update(carry, batch, jax.random.fold_in(jax.random.key(seed), number + 1))
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update(carry, batch, jax.random.fold_in(jax.random.key(seed), number + 1))
 
     return step

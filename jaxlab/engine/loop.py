@@ -160,9 +160,10 @@ def _run(recipe, run_dir, dataset, config, mesh, stop, progress, resume, profile
         start, carry = 0, jax.jit(init, out_shardings=places)(root)
     place = None if mesh is None else batch_sharding(mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    step_function = guard.train_step(learner, seed=recipe.seed, limit=recipe.bad_steps)
     step_function = jax.jit(
-        step_function, donate_argnums=0, out_shardings=None if mesh is None else (places, everywhere)
+        guard.train_step(learner, seed=recipe.seed, limit=recipe.bad_steps, mesh=mesh),
+        donate_argnums=0,
+        out_shardings=None if mesh is None else (places, everywhere),
     )
     profiler = Profiler(run_dir / "profile" if profile and processes.index() == 0 else None, start)
     log = MetricsLog(run_dir, resume_step=start if resume else None) if processes.index() == 0 else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 CHOICES = ("auto", "reference", "xla", "pallas")
 VARIABLE = "JAXLAB_KERNELS"
@@ -55,8 +56,19 @@ def by_platform(chosen: str, xla: Callable[..., Any], tpu: Callable[..., Any], c
 
     With "pallas" there is no way around the kernels: lowering for another platform raises. Nothing is asked of the
     devices that are present, so a program can be compiled for a platform that is not.
+
+    The compiler can spread operations over the devices of a mesh by itself, but no hand-written kernel: there "auto" is
+    `xla`. That is known only of a mesh that is set (`jax.set_mesh`, an Explicit mesh); inside `shard_map` over all of
+    its axes each device runs the kernel on its own part.
     """
-    if chosen == "xla":
+    if chosen == "xla" or (chosen == "auto" and _spread_by_the_compiler()):
         return xla
     others = {"default": xla} if chosen == "auto" else {}
     return lambda *args: jax.lax.platform_dependent(*args, tpu=tpu, cuda=cuda, **others)
+
+
+def _spread_by_the_compiler() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(
+        size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import Arg, Case
+from jax.sharding import PartitionSpec as P
 
 from jaxlab._compat import races_found, tpu_interpreter
 from jaxlab.kernels import grouped_matmul
@@ -127,6 +128,21 @@ def test_a_named_kernel_that_cannot_run_here_raises():
         jax.jit(lambda a, b, s: grouped_matmul(a, b, s, implementation="pallas"))(
             jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2])
         )
+
+
+def test_auto_is_no_kernel_where_the_compiler_spreads_the_program():
+    """No hand-written kernel can be partitioned; in a map over all axes each device runs its own."""
+    args = jnp.ones((8, 3)), jnp.ones((2, 3, 5)), jnp.array([4, 4])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def spread(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return grouped_matmul(*args)
+
+    by_hand = jax.shard_map(grouped_matmul, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data"))
+    programs = {"alone": grouped_matmul, "spread": spread, "by hand": by_hand}
+    found = {name: "pallas_call" in str(jax.make_jaxpr(function)(*args)) for name, function in programs.items()}
+    assert found == {"alone": True, "spread": False, "by hand": True}
 
 
 @pytest.mark.parametrize("platform", sorted(FORMS))
